@@ -1,0 +1,1 @@
+"""The typed config: schema, YAML, overrides, help, errors. Never imports torch."""

@@ -1,0 +1,75 @@
+"""One typed, frozen schema per verb. A YAML file, its `extends:` and dotted overrides fill it (see load.py)."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from cairn.config.base import Section
+from cairn.config.data import CausalSection, DataSection, ObjectiveSection, SentencePieceSection, TokenizerSection
+from cairn.config.model import BERTSection, GPTSection
+from cairn.config.recipes import DCGANSection, DigitsSection, ViTSection
+from cairn.config.train import (
+    AdamWSection,
+    CheckpointSection,
+    EngineSection,
+    OptimSection,
+    RunSection,
+    ScheduleSection,
+    TrackSection,
+    TrainSection,
+)
+
+ModelSection = Annotated[GPTSection | BERTSection, Field(discriminator="name")]
+
+
+class RunConfig(Section):
+    """What every verb that trains shares."""
+
+    seed: int = Field(1234, ge=0, lt=2**32)
+    """Decides initial weights, order, masks and dropout."""
+    run: RunSection = RunSection()
+    optim: OptimSection = AdamWSection()
+    schedule: ScheduleSection = ScheduleSection()
+    engine: EngineSection = EngineSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
+
+
+class PretrainConfig(RunConfig):
+    """`cairn pretrain`: a language model from scratch."""
+
+    data: DataSection = DataSection()
+    tokenizer: TokenizerSection = SentencePieceSection()
+    model: ModelSection = GPTSection()
+    objective: ObjectiveSection = CausalSection()
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a training sequence."""
+        return self.data.seq_len or self.model.max_seq_len
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(f"data.seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
+        wanted = {"gpt": "causal", "bert": "masked"}[self.model.name]
+        if self.objective.name != wanted:
+            raise ValueError(
+                f"model.name {self.model.name} trains with objective.name {wanted}, not {self.objective.name}"
+            )
+        return self
+
+
+class VisionConfig(RunConfig):
+    """`cairn vision`: an image classifier."""
+
+    data: DigitsSection = DigitsSection()
+    model: ViTSection = ViTSection()
+
+
+class GANConfig(RunConfig):
+    """`cairn gan`: a generator against a discriminator."""
+
+    data: DigitsSection = DigitsSection()
+    model: DCGANSection = DCGANSection()

@@ -1,0 +1,134 @@
+"""The sections of how a run trains: `optim`, `schedule`, `engine`, `train`, `checkpoint`, `track`, `run`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cairn.config.base import Section
+
+Betas = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class AdamWSection(Section):
+    """AdamW (arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(6e-4, gt=0)
+    """Peak learning rate."""
+    betas: Betas = (0.9, 0.95)
+    """Decay of the two moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of matrices and embeddings; norms and biases have none."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0: off."""
+
+
+class MuonSection(Section):
+    """Muon (orthogonalised momentum) for the hidden matrices, AdamW for embeddings, head, norms and biases."""
+
+    name: Literal["muon"] = "muon"
+    lr: float = Field(0.02, gt=0)
+    """Peak learning rate of the hidden matrices."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay of the momentum (Nesterov)."""
+    ns_steps: int = Field(5, ge=1)
+    """Newton-Schulz iterations."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of hidden matrices and embeddings."""
+    adam_lr: float = Field(3e-3, gt=0)
+    """Peak learning rate of the parameters that AdamW trains."""
+    betas: Betas = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of AdamW's second moment."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0: off."""
+
+
+OptimSection = Annotated[AdamWSection | MuonSection, Field(discriminator="name")]
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run, as a share of its peak: linear warmup, then a shape."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after warmup; wsd holds the peak, then decays linearly."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warmup."""
+    decay_steps: int | None = Field(None, ge=0)
+    """wsd: steps of its final decay; empty: a fifth of the run."""
+    min_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the peak at the last step."""
+
+
+class EngineSection(Section):
+    """How DeepSpeed runs the model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is split over ranks: nothing, optimizer state, + gradients, + weights."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute precision; weights and moments of the optimizer are kept in fp32 always."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in host memory: nothing, optimizer state, or optimizer state and (stage 3) weights."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed's own JSON, merged over what is generated here."""
+
+
+class TrainSection(Section):
+    """Length and rhythm of the loop."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(32, ge=1)
+    """Samples in an optimizer step, over all ranks; the same on every topology."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Samples a rank takes through the model at once; grad_accum = global / (micro x world size)."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two writes of metrics (each step has its own row)."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between two evaluations; 0: at the end only."""
+    eval_samples: int | None = Field(None, ge=1)
+    """Held-out samples of an evaluation during the run; empty: all. The last evaluation takes all."""
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(1000, ge=0)
+    """Steps between two checkpoints; 0: at the end only."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    background: bool = True
+    """Write while training goes on."""
+    resume: bool = True
+    """Go on from the newest good checkpoint of the run folder, if there is one."""
+
+
+class TrackSection(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "off"
+    """Weights & Biases; auto: online with an API key, offline without."""
+    project: str = "cairn"
+    """Its project."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra `tensorboard`)."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+class RunSection(Section):
+    """Where the run lives."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    dir: str = "runs"
+    """Folder of run folders."""

@@ -1,0 +1,5 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the key, file or rank and the remedy; the front door exits with 2."""

@@ -1,0 +1,1 @@
+"""The transformer and the models configured from it."""

@@ -1,0 +1,1 @@
+"""Preparing corpora and pretraining language models: `python -m pretrain CONFIG`."""

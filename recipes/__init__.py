@@ -1,0 +1,1 @@
+"""Vision and GAN recipes: auxiliary models that share the trainer."""
