@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the key, file or rank and the remedy; the front door exits with 2."""
+    """Bad input. The message is one line that names the key, file or rank and the remedy; the front door exits 2."""

@@ -22,8 +22,8 @@ class DataSection(Section):
     """Which text, how it is split and packed."""
 
     source: str | list[SourceSection] = "stdlib"
-    """`stdlib` (this Python's standard library), a file, folder or glob (text, .jsonl, .csv, .parquet, each also .gz or .zst),
-    a Megatron .bin/.idx prefix, or `datasets:NAME`; a list of sections blends several by weight."""
+    """`stdlib` (this Python's standard library), a file, folder or glob (text, .jsonl, .csv, .parquet, also as .gz or
+    .zst), a Megatron .bin/.idx prefix, or `datasets:NAME`; a list of sections blends several by weight."""
     text_field: str = "text"
     """Column or key that holds the text of JSON lines, CSV, Parquet and `datasets` sources."""
     dir: str = "data"
@@ -55,7 +55,7 @@ class TokenizerFileSection(Section):
 
     name: Literal["file"] = "file"
     path: str
-    """A SentencePiece .model, a `tokenizers` tokenizer.json, a WordPiece vocab.txt, or a folder that `transformers` wrote."""
+    """A SentencePiece .model, a `tokenizers` tokenizer.json, a WordPiece vocab.txt, or a `transformers` folder."""
 
 
 class BytesSection(Section):
