@@ -1,0 +1,257 @@
+"""The one training loop. Everything a step depends on is a pure function of (seed, step, rank) or is in the checkpoint.
+
+    batch(step) -> task.step -> metrics row          every step
+    rows to metrics.jsonl, throughput                every log_every steps
+    evaluation, checkpoint                           at their own rhythm, at a stop signal, and at the end
+
+Metrics stay on the device until the rows are written, so that the loop never waits for it.
+"""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cairn.cluster import Cluster
+from cairn.config.load import dump
+from cairn.config.schema import RunConfig
+from cairn.data.batches import Loader
+from cairn.errors import UserError
+from cairn.optim.schedule import schedule
+from cairn.train.checkpoint import Checkpoint, CheckpointStore
+from cairn.train.engine import Engine
+from cairn.train.folder import RunFolder
+from cairn.train.peak import matmul_peak
+from cairn.train.signals import StopSignal
+from cairn.train.task import Task
+from cairn.train.track import Tracker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    folder: RunFolder
+    step: int
+    stopped_by: str | None
+    """Name of the signal that ended it early."""
+    metrics: dict[str, float]
+    """The last evaluation."""
+    seconds: float
+
+    def summary(self) -> str:
+        """What a user wants to know at the end, and how to go on."""
+        lines = [f"run folder: {self.folder.path}"]
+        if self.stopped_by:
+            lines.append(f"stopped by {self.stopped_by} after step {self.step}, checkpoint saved: the same command goes on")
+        else:
+            lines.append(f"finished {self.step} steps ({self.seconds:.0f} s in this call)")
+        lines += [f"{name}: {value:.4f}" for name, value in self.metrics.items()]
+        return "\n".join([*lines, f"report: cairn report {self.folder.path}"])
+
+
+def train(task: Task, config: RunConfig, cluster: Cluster) -> Outcome:
+    """Train a task to `train.steps` steps, from the newest good checkpoint of its run folder if there is one.
+
+    Raises:
+        UserError: for a batch that does not divide, a run folder of another config, a checkpoint of another corpus.
+    """
+    return Trainer(task, config, cluster).run()
+
+
+class Trainer:
+    """Holds what the loop needs; see `train`."""
+
+    def __init__(self, task: Task, config: RunConfig, cluster: Cluster) -> None:
+        self.task, self.config, self.cluster = task, config, cluster
+        self.folder = RunFolder(config.run.dir, config.run.name)
+        cluster.on_main(lambda: self.folder.create(dump(config)))
+        self.loader = Loader(
+            task.samples("train"),
+            config.train.global_batch_size,
+            config.train.micro_batch_size,
+            cluster.rank,
+            cluster.world_size,
+        )
+        torch.manual_seed(config.seed)
+        self.engines = {
+            name: Engine(model, config.engine, config.optim, config.train.micro_batch_size, cluster, name)
+            for name, model in task.models().items()
+        }
+        self.lr_factor = schedule(config.schedule, config.train.steps)
+        section = config.checkpoint
+        self.store = CheckpointStore(
+            self.folder.checkpoints,
+            cluster.rank,
+            cluster.world_size,
+            section.keep_last,
+            section.keep_every,
+            section.background,
+        )
+        self.step = 0
+        self.pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.metrics: dict[str, float] = {}
+
+    def run(self) -> Outcome:
+        """The loop."""
+        config, start = self.config, time.perf_counter()
+        self._restore()
+        tracker = Tracker(self.folder, config.track, config.model_dump(mode="json"), self.cluster.is_main, config.train.steps)
+        with StopSignal(self.cluster) as stop, tracker as self.tracker:
+            self.tracker.truncate(self.step)
+            device = next(iter(self.engines.values())).device
+            self.peak = matmul_peak(device, next(iter(self.engines.values())).dtype) * self.cluster.world_size
+            self._mark()
+            first = self.step
+            while self.step < config.train.steps and not stop.agreed():
+                self._train_step()
+                last = self.step == config.train.steps
+                if self.step % config.train.log_every == 0 or last:
+                    self._flush()
+                if _due(self.step, config.train.eval_every) or last:
+                    self._evaluate(config.train.eval_samples if not last else None)
+                if _due(self.step, config.checkpoint.every) or last:
+                    self._save()
+            if stop.name and self.step > first and not self._saved():
+                self._save()
+            self.store.wait()
+            self.loader.close()
+        return Outcome(
+            self.folder,
+            self.step,
+            stop.name if self.step < config.train.steps else None,
+            self.metrics or self.folder.last_evaluation(),
+            time.perf_counter() - start,
+        )
+
+    def _train_step(self) -> None:
+        batches = self.loader.step(self.step)
+        torch.manual_seed(step_seed(self.config.seed, self.step, self.cluster.rank))
+        factor = self.lr_factor(self.step)
+        metrics = self.task.step(self.engines, batches, factor)
+        self.step += 1
+        row = {"step": self.step, "lr": factor * next(iter(self.engines.values())).base_lr}
+        self.pending.append((row, metrics))
+        for name, engine in self.engines.items():
+            row["grad_norm" if len(self.engines) == 1 else f"grad_norm/{name}"] = engine.grad_norm
+        self.tracker.progress(self.step, {})
+
+    def _flush(self) -> None:
+        """Turn pending metrics into rows: one reduction over ranks and one wait for the device for all of them."""
+        if not self.pending:
+            return
+        names = list(self.pending[0][1])
+        table = torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in self.pending])
+        if self.cluster.world_size > 1:
+            dist.all_reduce(table)
+        rows = []
+        per_step = self.task.tokens_per_sample * self.config.train.global_batch_size
+        for (row, _), values in zip(self.pending, table.tolist(), strict=True):
+            row |= dict(zip(names, values, strict=True))
+            row |= {k: v.item() for k, v in row.items() if isinstance(v, Tensor)}
+            row["tokens"] = row["step"] * per_step
+            rows.append(row)
+        rows[-1] |= self._throughput(len(rows))
+        self.pending = []
+        self.tracker.rows(rows)
+        self._mark()
+
+    def _mark(self) -> None:
+        self.window_start, self.window_wait = time.perf_counter(), self.loader.wait_seconds
+
+    def _throughput(self, steps: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.window_start
+        samples = steps * self.config.train.global_batch_size
+        flops = samples * self.task.flops_per_sample / seconds
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            # ru_maxrss counts kilobytes on Linux and bytes on macOS
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "tokens_per_s": samples * self.task.tokens_per_sample / seconds,
+            "step_seconds": seconds / steps,
+            "flops_per_s": flops,
+            "mfu": flops / self.peak,
+            "data_wait": (self.loader.wait_seconds - self.window_wait) / seconds,
+            "memory_gb": memory / 2**30,
+        }
+
+    def _evaluate(self, limit: int | None) -> None:
+        self._flush()
+        for engine in self.engines.values():
+            engine.sync_buffers()
+        loader = Loader(
+            self.task.samples("valid"),
+            self.config.train.micro_batch_size * self.cluster.world_size,
+            self.config.train.micro_batch_size,
+            self.cluster.rank,
+            self.cluster.world_size,
+        )
+        batches = loader.evaluation(self.config.train.micro_batch_size, limit)
+        self.metrics = {f"valid/{k}": v for k, v in self.task.evaluate(self.engines, batches).items()}
+        self.tracker.rows([{"step": self.step, **self.metrics}])
+        self._mark()
+
+    def _save(self) -> None:
+        self._flush()
+        self.tracker.sync()
+        for engine in self.engines.values():
+            engine.sync_buffers()
+        state = {
+            "step": self.step,
+            "samples": self.step * self.config.train.global_batch_size,
+            "seed": self.config.seed,
+            "identity": self.task.identity(),
+            "engines": {name: engine.scalars() for name, engine in self.engines.items()},
+        }
+        tensors = ((f"{name}/{key}", value) for name, engine in self.engines.items() for key, value in engine.tensors())
+        self.store.save(self.step, tensors, state)
+        self._mark()
+
+    def _saved(self) -> bool:
+        return self.store.last_step == self.step
+
+    def _restore(self) -> None:
+        found: Checkpoint | None = None
+        if self.cluster.is_main:
+            found = self.store.latest()
+        step = self.cluster.on_main(lambda: found.step if found else None)
+        if step is None:
+            return
+        if not self.config.checkpoint.resume:
+            raise UserError(
+                f"checkpoint.resume is false, but {self.folder.path} holds a checkpoint of step {step}: "
+                "choose another run.name, or remove that folder"
+            )
+        checkpoint = found or self.store.open(step)
+        for key, value in self.task.identity().items():
+            saved = checkpoint.state["identity"].get(key)
+            if saved != value:
+                raise UserError(
+                    f"{self.folder.path}: the {key} is not the one this run was trained with "
+                    f"({value[:12]} now, {str(saved)[:12]} then): restore it, or choose another run.name"
+                )
+        for name, engine in self.engines.items():
+            prefix = f"{name}/"
+            engine.load(lambda key, prefix=prefix: checkpoint.read(prefix + key))
+            engine.load_scalars(checkpoint.state["engines"][name])
+        self.step = int(checkpoint.state["step"])
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of dropout and other noise in a step: a pure function, so that no generator state is ever saved."""
+    mask = (1 << 64) - 1
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return (x ^ (x >> 31)) >> 1
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,27 @@
+"""`python -m pretrain CONFIG [section.key=value ...]`, alone, under torchrun or under srun."""
+
+import sys
+
+from cairn.config.main import read_args, run_main
+from cairn.config.schema import PretrainConfig
+
+
+def main() -> None:
+    """Prepare the corpus if needed, train, say where the run is and how to go on."""
+    config = read_args(PretrainConfig, sys.argv[1:])
+
+    from cairn.cluster import Cluster
+    from cairn.data.prepare import open_prepared, prepare
+    from cairn.train.trainer import train
+    from pretrain.task import LanguageModel
+
+    cluster = Cluster.from_env()
+    with cluster.init():
+        folder = cluster.on_main(lambda: prepare(config.data, config.tokenizer))
+        outcome = train(LanguageModel(config, open_prepared(folder)), config, cluster)
+        if cluster.is_main:
+            print(outcome.summary())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,72 @@
+"""Pretraining a language model, as a Task: the objective gives samples and losses, the model section the network."""
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from cairn.config.model import GPTSection
+from cairn.config.schema import PretrainConfig
+from cairn.data.batches import Batch, Samples
+from cairn.data.prepare import Prepared
+from cairn.errors import UserError
+from cairn.models.build import build_model, flops_per_token, padded_vocab
+from cairn.objectives.build import build_objective
+from cairn.train.engine import Engine
+from cairn.train.task import Engines, LossTask
+
+
+class LanguageModel(LossTask):
+    """GPT with causal LM, BERT with masked LM and next-sentence prediction."""
+
+    def __init__(self, config: PretrainConfig, prepared: Prepared) -> None:
+        self.config, self.prepared = config, prepared
+        needed = prepared.tokenizer.vocab_size
+        self.vocab_size = padded_vocab(config.model, needed)
+        if self.vocab_size < needed:
+            raise UserError(
+                f"model.vocab_size {self.vocab_size} is smaller than the tokenizer's {needed}: "
+                "raise it, or leave it empty to follow the tokenizer"
+            )
+        self.objective = build_objective(config.objective, prepared.tokenizer)
+
+    def models(self) -> dict[str, nn.Module]:
+        """The one network."""
+        return {"model": build_model(self.config.model, self.vocab_size)}
+
+    def samples(self, split: str) -> Samples:
+        """Sequences of `config.seq_len` tokens."""
+        return self.objective.samples(
+            self.prepared, split, self.config.seq_len, self.config.seed, self.config.data.document_mask
+        )
+
+    def weights(self, batch: Batch) -> dict[str, float]:
+        """Targets of each loss term."""
+        return self.objective.weights(batch)
+
+    def loss_sums(self, model: nn.Module | Engine, batch: Batch) -> dict[str, Tensor]:
+        """Negative log likelihood of each term, in nats, summed over its targets."""
+        return self.objective.loss_sums(model, batch)
+
+    def evaluate(self, engines: Engines, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean losses; for causal LM also bits per byte of the held-out text."""
+        metrics = super().evaluate(engines, batches)
+        streams = [stream for stream, _ in self.prepared.streams("valid")]
+        tokens, size = sum(s.n_tokens for s in streams), sum(s.n_bytes for s in streams)
+        if isinstance(self.config.model, GPTSection) and size:
+            metrics["bits_per_byte"] = metrics["loss"] / math.log(2) * tokens / size
+        return metrics
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of the corpus and its tokenizer."""
+        return {"corpus": self.prepared.manifest.fingerprint, "tokenizer": self.prepared.tokenizer.fingerprint}
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Sequence length."""
+        return self.config.seq_len
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Of a sequence, forward and backward."""
+        return self.config.seq_len * flops_per_token(self.config.model, self.vocab_size, self.config.seq_len)
