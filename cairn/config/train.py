@@ -94,7 +94,7 @@ class TrainSection(Section):
     eval_every: int = Field(0, ge=0)
     """Steps between two evaluations; 0: at the end only."""
     eval_samples: int | None = Field(None, ge=1)
-    """Held-out samples of an evaluation during the run; empty: all. The last evaluation takes all."""
+    """Held-out samples of an evaluation; empty: all."""
 
 
 class CheckpointSection(Section):

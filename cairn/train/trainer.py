@@ -114,7 +114,7 @@ class Trainer:
                 if self.step % config.train.log_every == 0 or last:
                     self._flush()
                 if _due(self.step, config.train.eval_every) or last:
-                    self._evaluate(config.train.eval_samples if not last else None)
+                    self._evaluate()
                 if _due(self.step, config.checkpoint.every) or last:
                     self._save()
             if stop.name and self.step > first and not self._saved():
@@ -182,7 +182,7 @@ class Trainer:
             "memory_gb": memory / 2**30,
         }
 
-    def _evaluate(self, limit: int | None) -> None:
+    def _evaluate(self) -> None:
         self._flush()
         for engine in self.engines.values():
             engine.sync_buffers()
@@ -193,7 +193,7 @@ class Trainer:
             self.cluster.rank,
             self.cluster.world_size,
         )
-        batches = loader.evaluation(self.config.train.micro_batch_size, limit)
+        batches = loader.evaluation(self.config.train.micro_batch_size, self.config.train.eval_samples)
         self.metrics = {f"valid/{k}": v for k, v in self.task.evaluate(self.engines, batches).items()}
         self.tracker.rows([{"step": self.step, **self.metrics}])
         self._mark()
