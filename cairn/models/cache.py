@@ -1,0 +1,30 @@
+"""Keys and values of what a decoder has read, kept so that the next token costs one position."""
+
+import torch
+from torch import Tensor
+
+from cairn.config.model import TransformerSection
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, (B, Hkv, S, D) each; `length` positions of them are filled."""
+
+    def __init__(
+        self, section: TransformerSection, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (section.n_layer, 2, batch, section.kv_heads, capacity, section.head_dim)
+        self.store = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, Hkv, T, D) behind what is there; all keys and values of the layer, the new ones included.
+
+        The model raises `length` once, after its last layer. Raises ValueError where the capacity is exceeded.
+        """
+        end = self.length + k.shape[2]
+        if end > self.store.shape[4]:
+            raise ValueError(f"{end} tokens do not fit a cache of {self.store.shape[4]}")
+        keys, values = self.store[layer, 0], self.store[layer, 1]
+        keys[:, :, self.length : end] = k.detach()  # generation needs no gradient
+        values[:, :, self.length : end] = v.detach()
+        return keys[:, :, :end], values[:, :, :end]

@@ -1,0 +1,38 @@
+"""A decoder: GPT-2-like and Llama-like models are values of its section."""
+
+from torch import Tensor
+
+from cairn.config.model import GPTSection
+from cairn.models.cache import KVCache
+from cairn.models.transformer import Transformer, Vocabulary
+
+
+class GPT(Transformer):
+    """Predicts each next token."""
+
+    section: GPTSection
+
+    def __init__(self, section: GPTSection, vocab_size: int) -> None:
+        super().__init__(section, vocab_size, causal=True)
+        self.head = None if section.tie_embeddings else Vocabulary(vocab_size, section.d_model)
+        self.initialize()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """All (B, T). Logits (B, T, V), or with labels (shifted already, -100 = ignore) the fp32 sum of their losses.
+
+        With `document_ids`, tokens see only their own document. With `cache`, input_ids follow what it holds.
+        """
+        hidden = self.hidden(input_ids, document_ids=document_ids, cache=cache)
+        head = self.embed.token if self.head is None else self.head
+        return head(hidden, as_head=True, labels=labels, softcap=self.section.logit_softcap)  # type: ignore[no-any-return]
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `capacity` tokens, where and in the dtype that the weights are."""
+        weight = self.embed.token.weight
+        return KVCache(self.section, batch, capacity, weight.device, weight.dtype)

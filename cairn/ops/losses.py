@@ -1,0 +1,105 @@
+"""The language-model loss: from hidden states to a summed negative log likelihood."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+PRODUCT_BYTES = 128 * 2**20  # logits kept at once
+CACHE_BYTES = 2**20  # fp32 logits in flight: about a core's second-level cache
+
+
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """Sum of -log softmax(hidden weight^T + bias)[label] over labels that are not -100, an fp32 scalar.
+
+    hidden (..., D), weight (V, D), labels (...). `softcap` c maps logits to c tanh(logits / c) first.
+    """
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if hidden.device.type == "cpu":
+        total: Tensor = _CrossEntropySum.apply(hidden, weight, labels, bias, softcap, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        return total
+    logits = logits_of(hidden, weight, bias, softcap)
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    """Scores of every token: (..., D) -> (..., V)."""
+    logits = F.linear(hidden, weight, bias)
+    return logits if softcap is None else (logits.float() / softcap).tanh().mul(softcap).to(logits.dtype)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """On a CPU memory traffic decides: logits stay in the compute dtype, fp32 exists only for a cache-sized piece,
+    and the gradient overwrites the logits in the same pass, so that the backward pass only scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        train: bool,
+    ) -> Tensor:
+        n, vocab = hidden.shape[0], weight.shape[0]
+        rows = max(1, PRODUCT_BYTES // (vocab * hidden.element_size()))
+        piece = max(1, CACHE_BYTES // (vocab * 4))
+        total = torch.zeros((), dtype=torch.float64)
+        grad_hidden = torch.empty_like(hidden) if train else None
+        grad_weight: Tensor | None = None
+        grad_bias = torch.zeros(vocab) if train and bias is not None else None
+        for start in range(0, n, rows):
+            h = hidden[start : start + rows]
+            logits = h @ weight.t()  # (rows, V)
+            for i in range(0, h.shape[0], piece):
+                label = labels[start + i : start + min(i + piece, rows)]
+                total += _piece(logits[i : i + piece], label, bias, softcap, train)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[start : start + rows])
+                if n <= rows:
+                    grad_weight = logits.t() @ h
+                else:  # several products: their sum is kept in fp32
+                    product = (logits.t() @ h).float()
+                    grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0, dtype=torch.float32)
+        if train:
+            if grad_weight is None:
+                grad_weight = torch.zeros_like(weight)
+            ctx.bias_dtype = bias.dtype if bias is not None else None
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scaled_bias = None if grad_bias is None else (grad_bias * grad).to(ctx.bias_dtype)
+        return grad_hidden * grad, grad_weight * grad, None, scaled_bias, None, None
+
+
+def _piece(logits: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, train: bool) -> Tensor:
+    """Summed loss of some rows; when training, `logits` (rows, V) become its gradient in place."""
+    z = logits.float()
+    if bias is not None:
+        z = z + bias
+    if softcap is not None:
+        z = z.div_(softcap).tanh_()
+        slope = 1 - z.square() if train else None
+        z = z.mul_(softcap)
+    real = labels != IGNORE
+    index = labels.clamp(min=0)[:, None]
+    lse = z.logsumexp(-1, keepdim=True)
+    loss = (lse - z.gather(1, index)).squeeze(1).masked_fill(~real, 0.0).sum(dtype=torch.float64)
+    if train:
+        z = z.sub_(lse).exp_()
+        z.scatter_add_(1, index, torch.full_like(index, -1, dtype=z.dtype))
+        if softcap is not None and slope is not None:
+            z.mul_(slope)
+        z.masked_fill_(~real[:, None], 0.0)
+        logits.copy_(z)
+    return loss

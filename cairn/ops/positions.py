@@ -1,0 +1,56 @@
+"""Positional encodings. Tables are computed in fp32 where they are used, so no cast of the model can spoil them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sinusoids(positions: Tensor, dim: int) -> Tensor:
+    """Sines then cosines of (T,) positions at geometric wavelengths (arXiv 1706.03762): (T, dim) fp32."""
+    half = -(-dim // 2)
+    rates = torch.exp(torch.arange(half, device=positions.device) * (-math.log(10000.0) / max(half - 1, 1)))
+    angles = positions.float()[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], -1)[:, :dim]
+
+
+def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, dim / 2) fp32, that rotate a head of width `dim` (arXiv 2104.09864)."""
+    rates = theta ** (-torch.arange(0, dim, 2, device=positions.device).float() / dim)
+    angles = positions.float()[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its position's angle, as Llama does."""
+    cos, sin = table
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def t5_buckets(distance: Tensor, causal: bool, n_buckets: int = 32, max_distance: int = 128) -> Tensor:
+    """Bucket of each key-minus-query distance: exact when near, logarithmic when far (arXiv 1910.10683)."""
+    bucket = torch.zeros_like(distance)
+    if causal:
+        gap = (-distance).clamp(min=0)
+    else:
+        n_buckets //= 2
+        bucket = bucket + (distance > 0) * n_buckets
+        gap = distance.abs()
+    exact = n_buckets // 2
+    log_share = torch.log(gap.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (log_share * (n_buckets - exact)).long()).clamp(max=n_buckets - 1)
+    return bucket + torch.where(gap < exact, gap, far)
+
+
+def alibi_slopes(n_head: int) -> Tensor:
+    """Slope of each head (arXiv 2108.12409): powers of 2^(-8/n); other counts interleave the next power's: (H,)."""
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    between = [2.0 ** (-4.0 * (i + 1) / power) for i in range(0, 2 * power, 2)]
+    return torch.tensor(slopes + between[: n_head - power])
+
+
+def distances(n_query: int, n_key: int, offset: int, device: torch.device) -> Tensor:
+    """Key position minus query position, where query 0 stands at `offset`: (T, S)."""
+    return torch.arange(n_key, device=device) - torch.arange(offset, offset + n_query, device=device)[:, None]
