@@ -66,7 +66,7 @@ class ScheduleSection(Section):
 class EngineSection(Section):
     """How DeepSpeed runs the model."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: int = Field(1, ge=0, le=3)  # a Literal would take true for 1
     """What is split over ranks: nothing, optimizer state, + gradients, + weights."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision; weights and moments of the optimizer are kept in fp32 always."""

@@ -1,0 +1,140 @@
+"""The `cairn` command: checks the config at once, without loading torch, then becomes `python -m MODULE ...`."""
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cairn import __version__
+from cairn.config.base import Section
+from cairn.config.errors import close
+from cairn.config.help import print_help
+from cairn.config.load import Resolved, dump, load, resolve
+from cairn.config.main import run_main
+from cairn.config.schema import GANConfig, PretrainConfig, VisionConfig
+from cairn.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: the module that does it, the schema of its CONFIG (None: it takes none), its usage and help."""
+
+    module: str
+    schema: type[Section] | None
+    usage: str
+    help: str
+
+
+CONFIG = "CONFIG [section.key=value ...]"
+VERBS = {
+    "pretrain": Verb("pretrain", PretrainConfig, CONFIG, "train a language model from scratch"),
+    "prepare": Verb("pretrain.prepare", PretrainConfig, CONFIG, "tokenize the corpus and stop"),
+    "generate": Verb("cairn.decode", None, "RUN --prompt TEXT [options]", "write text with a trained model"),
+    "report": Verb("cairn.train.report", None, "RUN ...", "one HTML page of curves, config and throughput"),
+    "verify-resume": Verb(
+        "pretrain.verify_resume", PretrainConfig, f"{CONFIG} [options]", "prove that kill and resume change nothing"
+    ),
+    "export": Verb("cairn.hub", None, "RUN DIR", "write a run as a `transformers` folder"),
+    "import": Verb("cairn.hub", None, "DIR RUN", "make a run of a `transformers` folder"),
+    "vision": Verb("recipes.vision", VisionConfig, CONFIG, "train an image classifier"),
+    "gan": Verb("recipes.gan", GANConfig, CONFIG, "train a generative adversarial network"),
+}
+TOLD_THE_VERB = ("export", "import")  # cairn.hub does both
+SCHEMAS: tuple[type[Section], ...] = (PretrainConfig, VisionConfig, GANConfig)
+
+# glibc gives large tensors back to the kernel and faults them in again each step; read before the process starts.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+
+def main() -> None:
+    """The `cairn` command."""
+    run_main(lambda: cairn(sys.argv[1:]))
+
+
+def cairn(argv: Sequence[str]) -> int:
+    """Dispatch one command line. Raises UserError."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"cairn {__version__}")
+        return 0
+    name, rest = argv[0], list(argv[1:])
+    if name == "config":
+        return show_config(rest)
+    if name not in VERBS:
+        raise UserError(f"{name}: unknown verb{close(name, [*VERBS, 'config']) or '; see cairn --help'}")
+    verb = VERBS[name]
+    if verb.schema is not None:
+        usage = f"usage: cairn {name} {verb.usage}\n\n{verb.help}"
+        wants_help = not rest or "-h" in rest or "--help" in rest
+        if wants_help and "options" not in verb.usage:
+            print_help(verb.schema, usage)
+            return 0
+        if not wants_help:
+            config, overrides = split(rest)
+            load(verb.schema, config, overrides)
+    start(verb.module, [name, *rest] if name in TOLD_THE_VERB else rest)
+    return 0
+
+
+def split(args: Sequence[str]) -> tuple[Path, list[str]]:
+    """CONFIG and the overrides; what begins with a dash, and a bare word after CONFIG, is an option's."""
+    words = [arg for arg in args if not arg.startswith("-")]
+    if not words:
+        raise UserError("CONFIG is missing: give a YAML file or a run folder")
+    return Path(words[0]), [word for word in words[1:] if "=" in word]
+
+
+def start(module: str, args: Sequence[str]) -> None:
+    """Become `python -m module args`, in an environment with the allocator set."""
+    if ALLOCATOR.keys() <= os.environ.keys() or sys.platform != "linux":
+        sys.argv = [module, *args]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module, *args], ALLOCATOR | dict(os.environ))
+
+
+def show_config(args: Sequence[str]) -> int:
+    """Print every value of a config and where it came from."""
+    if not args or "-h" in args or "--help" in args:
+        print(f"usage: cairn config {CONFIG}\n\nPrint every value, and the file and line or default it came from.")
+        return 0
+    path, overrides = split(args)
+    overrides = overrides + [word for word in args[1:] if "=" not in word]  # told as an error
+    failures: list[UserError] = []
+    for schema in SCHEMAS:
+        try:
+            found: Resolved[Section] = resolve(schema, path, overrides)
+        except UserError as error:
+            failures.append(error)
+        else:
+            print(dump(found.config, found.origins), end="")
+            return 0
+    raise min(failures, key=lambda error: len(str(error).splitlines()))  # the schema that it fits best
+
+
+def overview() -> str:
+    """The text of `cairn --help`."""
+    rows = [(f"cairn {name} {verb.usage}", verb.help) for name, verb in VERBS.items()]
+    rows.append((f"cairn config {CONFIG}", "print every value and where it came from"))
+    width = max(len(left) for left, _ in rows)
+    lines = [f"  {left:{width}}  {right}" for left, right in rows]
+    return "\n".join(
+        [
+            "cairn pretrains language models with DeepSpeed, on one CPU or many GPU nodes.",
+            "",
+            *lines,
+            "",
+            "CONFIG is a YAML file such as configs/pretrain/gpt-tiny.yaml, or the folder of a run.",
+            "`cairn VERB --help` lists every key. On several processes: torchrun -m pretrain CONFIG, or srun.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
