@@ -1,0 +1,275 @@
+"""Checkpoints that know no topology: safetensors by tensor name, JSON for the rest, checksummed, renamed in one step.
+
+    checkpoints/step-00001000/
+        state.json                  step, the caller's state, and of every file its size, sha256 and tensor names
+        rank-00000-000.safetensors  what rank 0 owned, in pieces
+        rank-00001-000.safetensors  ...
+
+Every rank writes the tensors it owns into `.tmp-step-00001000`, then a small JSON that says it is done; rank 0 waits
+for all of these (files are the rendezvous, so that no collective runs in a thread), writes state.json and renames the
+folder. A folder without the `.tmp-` is therefore whole; its checksums tell whether it still is.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cairn.errors import UserError
+from cairn.train.folder import fsync_folder, write_atomically
+from cairn.train.tensorfile import Damaged, pieces, verify, write_tensors
+
+FORMAT = 1
+STATE = "state.json"
+
+
+class Checkpoint:
+    """One checkpoint, memory-mapped: a tensor costs memory only once it is read.
+
+    All files are opened at once, so pruning the folder meanwhile does no harm.
+    """
+
+    def __init__(self, path: Path, verified: bool = False) -> None:
+        """Raises Damaged when a file is missing, cut or (with `verified`) altered."""
+        self.path = path
+        document = _read_state(path / STATE)
+        files: dict[str, dict[str, Any]] = document["files"]
+        if verified:
+            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+                list(pool.map(lambda item: verify(path / item[0], item[1]), files.items()))
+        self.step: int = document["step"]
+        self.world_size: int = document["world_size"]
+        self.state: dict[str, Any] = document["state"]
+        self._handles: dict[str, Any] = {}  # tensor name -> open file
+        for name, entry in files.items():
+            try:
+                handle = safe_open(path / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise Damaged(f"{path / name}: {error}") from error
+            self._handles.update(dict.fromkeys(entry["tensors"], handle))
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._handles)
+
+    def read(self, name: str) -> Tensor | None:
+        """The tensor on the CPU, or None when the checkpoint has none of that name."""
+        handle = self._handles.get(name)
+        return None if handle is None else handle.get_tensor(name)
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first."""
+    return sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*") if path.name[5:].isdigit())
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Folder of a step's checkpoint."""
+    return root / f"step-{step:08d}"
+
+
+def newest(root: Path, verified: bool = True) -> tuple[Checkpoint | None, list[Path]]:
+    """The newest good checkpoint in a folder, and the damaged ones passed over, each named by a printed line.
+
+    Raises UserError when there are checkpoints and none is good: starting over in silence would be worse.
+    """
+    damaged: list[Path] = []
+    for step in reversed(steps_in(root)):
+        try:
+            return Checkpoint(folder_of(root, step), verified), damaged
+        except Damaged as error:
+            damaged.append(folder_of(root, step))
+            print(f"warning: damaged checkpoint: {error}; trying the one before it", flush=True)
+    if damaged:
+        raise UserError(f"every checkpoint in {root} is damaged: restore one, or start afresh with another run.name")
+    return None, []
+
+
+class CheckpointStore:
+    """The checkpoints of one run. A context manager: leaving it waits for the last write (not after an error)."""
+
+    def __init__(
+        self,
+        root: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        background: bool = False,
+        patience_s: float = 1800.0,
+    ) -> None:
+        """Build on every rank before the first save: rank 0 clears away what a killed run left half written.
+
+        `patience_s`: seconds that rank 0 waits for the other ranks' files.
+        """
+        self.root, self.rank, self.world_size = root, rank, world_size
+        self.keep_last, self.keep_every, self.patience_s = keep_last, keep_every, patience_s
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[None] | None = None
+        self._abandoned = threading.Event()
+        self.last_step: int | None = None
+        """Step of the last save."""
+        if rank == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            for stale in root.glob(".tmp-*"):
+                shutil.rmtree(stale)
+            for replaced in root.glob(".replaced-*"):  # killed between the two renames of _publish
+                final = root / replaced.name.removeprefix(".replaced-")
+                shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self.wait()
+        self._abandoned.set()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
+    def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+        """Write a checkpoint; every rank calls this with the tensors it owns. Rank 0's state (JSON) is kept.
+
+        `tensors` is always read to its end before this returns, so it may be a collective generator. In the
+        background the tensors are copied first, and an error of the writer is raised by the next save or wait.
+        Raises UserError when the disk is full or a rank does not write; earlier checkpoints stay as they are.
+        """
+        self.wait()
+        self.last_step = step
+        if self._pool is None:
+            self._write(step, tensors, state)
+            return
+        snapshot = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors]
+        frozen = json.loads(json.dumps(state))  # the caller may change its state while we write
+        self._pending = self._pool.submit(self._write, step, snapshot, frozen)
+
+    def wait(self) -> None:
+        """Wait for this rank's write in the background, and raise its error if it had one."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def latest(self, verify: bool = True) -> Checkpoint | None:
+        """The newest good checkpoint, or None when there is none. For rank 0: it tells the others the step to open.
+
+        Damaged newer ones are renamed to `damaged-step-...`, which keeps them for a look and out of the way.
+        Raises UserError as `newest` does.
+        """
+        checkpoint, damaged = newest(self.root, verified=verify)
+        for path in damaged:
+            path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
+        return checkpoint
+
+    def open(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, unverified. Raises UserError when it is missing or unreadable."""
+        try:
+            return Checkpoint(folder_of(self.root, step))
+        except Damaged as error:
+            raise UserError(f"rank {self.rank} cannot open the checkpoint of step {step}: {error}") from error
+
+    def _write(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+        final = folder_of(self.root, step)
+        folder = final.with_name(f".tmp-{final.name}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            entries: dict[str, dict[str, Any]] = {}
+            for index, piece in enumerate(pieces(tensors)):
+                name = f"rank-{self.rank:05d}-{index:03d}.safetensors"
+                entries[name] = write_tensors(folder / name, piece)
+            write_atomically(folder / _report(self.rank), json.dumps(entries).encode())
+            if self.rank == 0:
+                self._publish(step, folder, final, state)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(
+                f"no space for the checkpoint of step {step} in {self.root} (rank {self.rank}): {error.strerror}; "
+                "earlier checkpoints are intact: free space or lower checkpoint.keep_last, and run again"
+            ) from error
+
+    def _publish(self, step: int, folder: Path, final: Path, state: dict[str, Any]) -> None:
+        """Rank 0: wait for all ranks, write state.json, rename the folder, prune."""
+        self._await_ranks(step, folder)
+        files: dict[str, dict[str, Any]] = {}
+        for rank in range(self.world_size):
+            files |= json.loads((folder / _report(rank)).read_bytes())
+        names = [name for entry in files.values() for name in entry["tensors"]]
+        if len(names) != len(set(names)):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"tensors owned by more than one rank: {', '.join(twice[:5])}")
+        body = {"format": FORMAT, "step": step, "world_size": self.world_size, "state": state, "files": files}
+        write_atomically(folder / STATE, json.dumps(body | {"sha256": _digest(body)}, indent=1).encode())
+        for rank in range(self.world_size):
+            (folder / _report(rank)).unlink()
+        fsync_folder(folder)
+        replaced = final.with_name(f".replaced-{final.name}")
+        if final.exists():
+            final.rename(replaced)
+        folder.rename(final)
+        fsync_folder(self.root)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune()
+
+    def _await_ranks(self, step: int, folder: Path) -> None:
+        deadline = time.monotonic() + self.patience_s
+        pause = 0.005
+        while missing := [rank for rank in range(self.world_size) if not (folder / _report(rank)).exists()]:
+            if self._abandoned.is_set() or time.monotonic() > deadline:
+                raise UserError(
+                    f"ranks {missing} did not write their part of the checkpoint of step {step} into {folder} within "
+                    f"{self.patience_s:.0f} s: see their output; run.dir must be a folder that all nodes share"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def _prune(self) -> None:
+        steps = steps_in(self.root)
+        for step in steps[: -self.keep_last]:
+            if not self.keep_every or step % self.keep_every:
+                # Renamed first, so that a kill halfway leaves no folder that looks like a damaged checkpoint.
+                path = folder_of(self.root, step)
+                doomed = path.rename(_free_name(path.with_name(f".tmp-pruned-{path.name}")))
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _report(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    taken, count = path, 1
+    while taken.exists():
+        count += 1
+        taken = path.with_name(f"{path.name}-{count}")
+    return taken
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        body: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: {error}") from error
+    if not isinstance(body, dict) or body.pop("sha256", None) != _digest(body):
+        raise Damaged(f"{path}: its content does not match its sha256")
+    if body["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {body['format']}, and this version reads {FORMAT}: use the one that wrote it"
+        )
+    return body

@@ -1,0 +1,113 @@
+"""The run folder: where everything a run leaves behind lives, and whether a config may go on in it."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cairn.errors import UserError
+
+MAY_DIFFER = (
+    "run",
+    "engine",
+    "track",
+    "checkpoint",
+    "data.dir",
+    "data.workers",
+    "train.micro_batch_size",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_samples",
+)
+"""Keys (with all below them) that decide how and where a run goes, and not what it computes."""
+
+
+class RunFolder:
+    """runs/NAME: config.yaml, metrics.jsonl, checkpoints/, tokenizer/, samples.jsonl, report.html, wandb/."""
+
+    def __init__(self, *parts: str | Path) -> None:
+        self.path = path = Path(*parts)
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
+        self.report = path / "report.html"
+
+    def create(self, config_yaml: str) -> bool:
+        """Make the folder, or check that this config may go on in it; config.yaml then holds the given one.
+
+        Returns whether the folder held a run already. Only one rank calls this. Raises UserError listing the keys
+        that differ.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        existed = self.config.exists()
+        if existed and (changes := self._changes(config_yaml)):
+            raise UserError(
+                f"{self.path} holds a run with another config ({'; '.join(changes)}): "
+                "choose another run.name, or put these keys back"
+            )
+        write_atomically(self.config, config_yaml.encode())
+        return existed
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, training steps and evaluations, in order. Raises UserError when there are none."""
+        rows = list(parse_rows(self.metrics)) if self.metrics.exists() else []
+        if not rows:
+            raise UserError(f"{self.path} has no rows in metrics.jsonl: is it a run folder, and has it taken a step?")
+        return rows
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Metrics of the newest evaluation, without its step; empty when there is none."""
+        rows = list(parse_rows(self.metrics)) if self.metrics.exists() else []
+        evaluations = [row for row in rows if any(key.startswith("valid/") for key in row)]
+        return {key: value for key, value in evaluations[-1].items() if key != "step"} if evaluations else {}
+
+    def _changes(self, config_yaml: str) -> list[str]:
+        old, new = (flatten(yaml.safe_load(text)) for text in (self.config.read_text(encoding="utf-8"), config_yaml))
+        return [
+            f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_DIFFER)
+        ]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested config as {"section.key": value}; lists are values."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def parse_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl file; a last line that a kill left half written is passed over."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content: after a kill it holds the old or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
