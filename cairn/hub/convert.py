@@ -27,7 +27,7 @@ def to_hub(weights: Mapping[str, Tensor], table: Sequence[Entry]) -> dict[str, T
     out: dict[str, Tensor] = {}
     for entry in table:
         tensor = weights[entry.ours]
-        parts = torch.split(tensor, entry.rows) if entry.rows else (tensor,)
+        parts = torch.split(tensor, list(entry.rows)) if entry.rows else (tensor,)
         for name, part in zip(entry.theirs, parts, strict=True):
             out[name] = (part.t() if entry.transposed else part).contiguous()
     return out
