@@ -93,7 +93,9 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> Tree:
         if key == "extends":
             problems.append(f"{COMMAND_LINE}: extends: belongs in a YAML file")
             continue
-        tree: Tree | Value = _parse_value(key, value, problems)
+        tree = _parse_value(key, value, problems)
+        if tree is None:
+            continue
         for part in reversed(key.split(".")):
             tree = {part: tree}
         assert isinstance(tree, dict)
@@ -171,7 +173,7 @@ def _read(path: Path, problems: list[str]) -> Tree:
     return tree
 
 
-def _parse_value(key: str, text: str, problems: list[str]) -> Tree | Value:
+def _parse_value(key: str, text: str, problems: list[str]) -> Tree | Value | None:
     try:
         node = yaml.compose(text, Loader)
         return Value(None, COMMAND_LINE) if node is None else _tree(node, None, problems, key)
@@ -180,7 +182,7 @@ def _parse_value(key: str, text: str, problems: list[str]) -> Tree | Value:
             return Value(text, COMMAND_LINE)  # such as *.txt, which YAML takes for an alias
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
         problems.append(f"{COMMAND_LINE}: {key}: {text!r} is not YAML: {problem}")
-        return {}
+        return None
 
 
 def _tree(node: yaml.Node, file: Path | None, problems: list[str], prefix: str) -> Tree | Value:
