@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cairn import __version__
+from cairn.cluster import Cluster
 from cairn.config.base import Section
 from cairn.config.errors import close
 from cairn.config.help import print_help
@@ -73,7 +74,7 @@ def cairn(argv: Sequence[str]) -> int:
         if wants_help and "options" not in verb.usage:
             print_help(verb.schema, usage)
             return 0
-        if not wants_help:
+        if not wants_help and Cluster.from_env().is_main:
             config, overrides = split(rest)
             load(verb.schema, config, overrides)
     start(verb.module, [name, *rest] if name in TOLD_THE_VERB else rest)

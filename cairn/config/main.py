@@ -49,7 +49,9 @@ def read_args(schema: type[T], argv: Sequence[str], prog: str = "") -> T:
 
     Raises UserError on rank 0, QuietError on the others.
     """
-    return read_options(schema, argv, Parser(prog=prog or None))[0]
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    return read_options(schema, argv, Parser(prog=prog or f"python -m {module}"))[0]
 
 
 def read_options(schema: type[T], argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[T, argparse.Namespace]:
