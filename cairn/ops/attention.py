@@ -1,13 +1,26 @@
 """Attention behind one function that picks its kernel."""
 
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from cairn.errors import UserError
 from cairn.ops.backends import reference, sdpa
+from cairn.ops.blocked import blocked
+from cairn.ops.flex import flex
 from cairn.ops.masks import Mask
 
 Backend = Literal["auto", "reference", "sdpa", "flex", "blocked"]
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, Tensor | None, float], Tensor]] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "flex": flex,
+    "blocked": blocked,
+}
+PROBS_BYTES = 256 * 2**20  # probabilities of one layer that `auto` lets the blocked backend keep
 
 
 def attention(
@@ -19,7 +32,37 @@ def attention(
     dropout: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scaled dot-product attention, q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D)."""
-    if backend == "reference":
-        return reference(q, k, v, mask, bias, dropout)
-    return sdpa(q, k, v, mask, bias, dropout)
+    """Scaled dot-product attention, q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D).
+
+    H is a multiple of Hkv. `bias` (1 or B, H, T, S) is added to the scores; `dropout` acts on the probabilities.
+    Raises UserError when the backend asked for cannot do this.
+    """
+    name = choose(q, k, mask, dropout) if backend == "auto" else backend
+    if backend != "auto" and (why := obstacle(backend, q, k, v, bias, dropout)):
+        raise UserError(f"model.attention_backend {backend} cannot run here: {why}; auto picks one that can")
+    return BACKENDS[name](q, k, v, mask, bias, dropout)
+
+
+def obstacle(backend: Backend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> str | None:
+    """Why a backend cannot run on these, or None. All of them support every mask, a bias and grouped queries."""
+    tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    on_cpu = q.device.type == "cpu"
+    if backend == "flex" and dropout:
+        return "FlexAttention has no dropout, and model.attention_dropout is above 0"
+    if backend == "flex" and on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "FlexAttention has no backward pass on a CPU"
+    if backend == "blocked" and not on_cpu:
+        return f"it is made for CPUs, and this is {q.device.type}"
+    return None
+
+
+def choose(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> str:
+    """The backend that `auto` takes, by device, mask and shape."""
+    b, h, t, s = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    if q.device.type == "cuda":
+        # Fused kernels know no window and no documents, and would read a dense mask; FlexAttention skips whole blocks.
+        sparse = mask.window is not None or mask.document_ids is not None
+        return "flex" if sparse and t == s and not dropout else "sdpa"
+    if q.device.type == "cpu" and t > 1 and b * h * t * s * q.element_size() <= PROBS_BYTES:
+        return "blocked"
+    return "sdpa"

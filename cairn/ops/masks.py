@@ -1,6 +1,7 @@
 """Which keys a query may see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Mask:
     """(B, S) bool: only keys where it is True."""
     offset: int = 0
     """Position of the first query among the keys (the length of what a cache already held)."""
+    prepared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a backend makes of the mask, kept for the other layers of the same forward pass."""
 
     @property
     def is_plain(self) -> bool:
