@@ -48,7 +48,9 @@ class Outcome:
         """What a user wants to know at the end, and how to go on."""
         lines = [f"run folder: {self.folder.path}"]
         if self.stopped_by:
-            lines.append(f"stopped by {self.stopped_by} after step {self.step}, checkpoint saved: the same command goes on")
+            lines.append(
+                f"stopped by {self.stopped_by} after step {self.step}, checkpoint saved: the same command goes on"
+            )
         else:
             lines.append(f"finished {self.step} steps ({self.seconds:.0f} s in this call)")
         lines += [f"{name}: {value:.4f}" for name, value in self.metrics.items()]
@@ -101,7 +103,9 @@ class Trainer:
         """The loop."""
         config, start = self.config, time.perf_counter()
         self._restore()
-        tracker = Tracker(self.folder, config.track, config.model_dump(mode="json"), self.cluster.is_main, config.train.steps)
+        tracker = Tracker(
+            self.folder, config.track, config.model_dump(mode="json"), self.cluster.is_main, config.train.steps
+        )
         with StopSignal(self.cluster) as stop, tracker as self.tracker:
             self.tracker.truncate(self.step)
             device = next(iter(self.engines.values())).device
