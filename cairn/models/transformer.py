@@ -244,8 +244,7 @@ class Transformer(nn.Module):
         distance = torch.arange(n_key, device=places.device) - places[:, None]
         if self.relative is not None:
             return self.relative(distance)  # type: ignore[no-any-return]
-        slopes = positions.alibi_slopes(self.section.n_head).to(places.device)
-        return -(slopes[:, None, None] * distance.abs())[None]
+        return positions.alibi_bias(distance, self.section.n_head)
 
     def initialize(self) -> None:
         """Draw every weight from torch's generator; biases are zero and norms one."""

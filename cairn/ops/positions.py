@@ -51,6 +51,10 @@ def alibi_slopes(n_head: int) -> Tensor:
     return torch.tensor(slopes + between[: n_head - power])
 
 
-def distances(n_query: int, n_key: int, offset: int, device: torch.device) -> Tensor:
-    """Key position minus query position, where query 0 stands at `offset`: (T, S)."""
-    return torch.arange(n_key, device=device) - torch.arange(offset, offset + n_query, device=device)[:, None]
+def alibi_bias(distance: Tensor, n_head: int) -> Tensor:
+    """ALiBi's penalty for key-minus-query distances (T, S): (1, H, T, S) fp32.
+
+    To the right the heads' slopes come in reverse order: a symmetric penalty could not tell left from right.
+    """
+    left = alibi_slopes(n_head).to(distance.device)[:, None, None]
+    return -(torch.where(distance > 0, left.flip(0), left) * distance.abs())[None]
