@@ -178,8 +178,10 @@ def _draw_training(axes: "Axes", series: Series, color: str, label: str, smooth:
 
 
 def _running_mean(values: list[float], half: int) -> list[float]:
-    """Mean of the values within `half` places on each side; fewer, but as many on both, near an end."""
+    """Mean of the values within `half` places on each side.
+
+    Near the start as many on both sides, for there a curve is steep; near the end what is left, for there it is flat.
+    """
     sums = [0.0, *accumulate(values)]
-    n = len(values)
-    reach = (min(half, i, n - 1 - i) for i in range(n))
-    return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reach)]
+    spans = ((i - min(half, i), min(len(values), i + min(half, i) + 1)) for i in range(len(values)))
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
