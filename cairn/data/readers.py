@@ -1,0 +1,249 @@
+"""One reader a format. Each yields strings and names the file and the line or row of what it cannot read."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from cairn.errors import UserError
+
+
+@contextmanager
+def opened(path: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed by its ending. Raises UserError when it cannot be read."""
+    import zstandard
+
+    try:
+        with open(path, "rb") as file:
+            if path.endswith(".gz"):
+                with gzip.GzipFile(fileobj=file) as unzipped:
+                    yield io.BufferedReader(unzipped)
+            elif path.endswith(".zst"):
+                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+                yield io.BufferedReader(reader)
+            else:
+                yield file
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def decode(data: bytes, path: str, place: str) -> str:
+    """UTF-8 to text. Raises UserError naming the place."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {place} is not UTF-8 ({error.reason}); convert the file, e.g. with iconv") from error
+
+
+def lines_before(path: str, offset: int) -> int:
+    """Line ends in the first `offset` bytes; to name a line in an error."""
+    count = 0
+    with opened(path) as file:
+        while offset > 0 and (block := file.read(min(offset, 1 << 20))):
+            count += block.count(b"\n")
+            offset -= len(block)
+    return count
+
+
+def skip_to_line(file: IO[bytes], start: int) -> int:
+    """Go to the first line that begins at or after byte `start`; its offset."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    return start - 1 + len(file.readline())
+
+
+def read_text(path: str, start: int, stop: int | None, longest: int) -> Iterator[str]:
+    """The lines that begin in bytes [start, stop) as one document; without a range, the file, cut past `longest`."""
+    with opened(path) as file:
+        at = skip_to_line(file, start)
+        if stop is not None and at >= stop and stop > 0:
+            return  # a single line covers this range
+        end = stop
+        while True:
+            data = file.read(longest if end is None else end - at)
+            if data and not data.endswith(b"\n"):
+                data += file.readline()
+            if data or at == 0:
+                try:
+                    yield data.decode()
+                except UnicodeDecodeError as error:
+                    line = lines_before(path, at + error.start) + 1
+                    place = f"line {line} (byte {at + error.start})"
+                    raise UserError(
+                        f"{path}: {place} is not UTF-8 ({error.reason}); convert the file, e.g. with iconv"
+                    ) from error
+            at += len(data)
+            if end is not None or not data:
+                return
+
+
+def read_lines(path: str, start: int, stop: int | None, field: str) -> Iterator[str]:
+    """The text field of each JSON line that begins in bytes [start, stop). Blank lines are passed over."""
+    with opened(path) as file:
+        at = skip_to_line(file, start)
+        for count, line in enumerate(file):
+            if stop is not None and at >= stop:
+                return
+            begun, at = at, at + len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if begun == 0 else "utf-8"))
+                problem = _problem(row, field)
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not JSON ({error})"
+            if problem:
+                number = (lines_before(path, begun) if start else count) + 1
+                raise UserError(f"{path}: line {number} {problem}")
+            yield row[field] or ""
+
+
+def read_json(path: str, field: str) -> Iterator[str]:
+    """The text field of each object of one JSON array; a .json file that begins otherwise is read as JSON lines."""
+    with opened(path) as file:
+        head = file.read(64)
+        is_array = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        if is_array:
+            text = decode(head + file.read(), path, "the file")
+    if not is_array:
+        yield from read_lines(path, 0, None, field)
+        return
+    try:
+        rows = json.loads(text.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    yield from _texts(rows, path, "element", 1, field)
+
+
+def _problem(row: Any, field: str) -> str:
+    """What is wrong with a row, "" if nothing is."""
+    if not isinstance(row, dict):
+        return f"is no object with fields but a {type(row).__name__}"
+    if field not in row:
+        return f"has no field {field!r}, only {', '.join(map(repr, row)) or 'none'}; set data.text_field"
+    value = row[field]
+    if value is not None and not isinstance(value, str):
+        return f"has a {type(value).__name__} in field {field!r}, not text"
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        return f"has half a surrogate pair in field {field!r}, which is no text"
+    return ""
+
+
+def _texts(rows: Iterable[Any], path: str, unit: str, first: int, field: str) -> Iterator[str]:
+    for number, row in enumerate(rows, first):
+        if problem := _problem(row, field):
+            raise UserError(f"{path}: {unit} {number} {problem}")
+        yield row[field] or ""
+
+
+def read_csv(path: str, field: str, separator: str) -> Iterator[str]:
+    """The text column of a file with a header."""
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is short for documents
+    with opened(path) as file:
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=separator)
+        try:
+            header = next(reader, [])
+            if field not in header:
+                names = ", ".join(map(repr, header)) or "none"
+                raise UserError(f"{path}: no column {field!r} in the header, only {names}; set data.text_field")
+            column = header.index(field)
+            for row in reader:
+                if row and len(row) <= column:
+                    raise UserError(f"{path}: line {reader.line_num} has {len(row)} columns, the header {len(header)}")
+                if row:
+                    yield row[column]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 after line {reader.line_num} ({error.reason})") from error
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num} is malformed ({error})") from error
+
+
+def _parquet(path: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file, or a damaged one ({error})") from error
+
+
+def row_groups(path: str) -> int:
+    """Row groups of a Parquet file."""
+    count: int = _parquet(path).num_row_groups
+    return count
+
+
+def read_parquet(path: str, start: int, stop: int, field: str) -> Iterator[str]:
+    """The text column of row groups [start, stop)."""
+    import pyarrow
+
+    file = _parquet(path)
+    names = file.schema_arrow.names
+    if field not in names:
+        raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, names))}; set data.text_field")
+    number = sum(file.metadata.row_group(i).num_rows for i in range(start))
+    try:
+        for batch in file.iter_batches(batch_size=256, row_groups=list(range(start, stop)), columns=[field]):
+            yield from _texts(batch.to_pylist(), path, "row", number, field)
+            number += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged near row {number} ({error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: near row {number}: not UTF-8 ({error.reason})") from error
+
+
+@lru_cache(maxsize=2)  # a worker reads many ranges of one dataset, and opening takes a second
+def _dataset(spec: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("data.source datasets:...: the package is missing; pip install datasets") from error
+
+    name, *rest = spec.split(":")
+    split = rest[-1] if rest else None
+    try:
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, rest[0] if len(rest) > 1 else None)
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"data.source datasets:{spec}: cannot be loaded ({first_line}); check the name "
+            "(datasets:NAME[:CONFIG][:SPLIT]) and the network, or give the path of a downloaded folder"
+        ) from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split is None:
+        split = "train" if "train" in found else next(iter(found))
+    if split not in found:
+        raise UserError(f"data.source datasets:{spec}: no split {split!r}, only {', '.join(map(repr, found))}")
+    return found[split]
+
+
+def dataset_facts(spec: str) -> tuple[int, int, str]:
+    """Rows, bytes more or less, and a fingerprint of a `datasets` source."""
+    found = _dataset(spec)
+    return len(found), int(found.data.nbytes), f"datasets:{spec} {found._fingerprint} {len(found)}"
+
+
+def read_dataset(spec: str, start: int, stop: int, field: str) -> Iterator[str]:
+    """The text column of rows [start, stop)."""
+    found = _dataset(spec)
+    if field not in found.column_names:
+        names = ", ".join(map(repr, found.column_names))
+        raise UserError(f"data.source datasets:{spec}: no column {field!r}, only {names}; set data.text_field")
+    for first in range(start, stop, 256):
+        rows = ({field: text} for text in found[first : min(first + 256, stop)][field])
+        yield from _texts(rows, f"datasets:{spec}", "row", first, field)

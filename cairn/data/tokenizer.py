@@ -1,0 +1,140 @@
+"""What a tokenizer is, the bytes tokenizer, and loading one from files."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cairn.errors import UserError
+
+SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<cls>", "<sep>")
+"""Special tokens of the tokenizers made here, with ids 0 to 6."""
+
+BYTES_FILE = "bytes.txt"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to ids and back. Ids that a tokenizer lacks are None; who needs one says so."""
+
+    vocab_size: int
+    pad_id: int | None
+    unk_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    fingerprint: str
+    """sha256 of what defines it: two tokenizers with the same fingerprint are the same."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens; text that looks like a special token is plain text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, faster than one by one."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens have none."""
+        ...
+
+    def word_starts(self) -> NDArray[np.bool_]:
+        """(vocab_size,): whether a piece begins a word. Punctuation, white space and special tokens do."""
+        ...
+
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer(folder)` reads."""
+        ...
+
+
+class BytesTokenizer:
+    """The seven special tokens, then the 256 byte values: id = byte + 7. Exact on any text."""
+
+    vocab_size: int = len(SPECIALS) + 256
+    pad_id: int | None = 0
+    unk_id: int | None = 1
+    bos_id: int | None = 2
+    eos_id: int | None = 3
+    mask_id: int | None = 4
+    cls_id: int | None = 5
+    sep_id: int | None = 6
+    fingerprint = hashlib.sha256(b"cairn bytes 1").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Byte values of the UTF-8 text, shifted past the special tokens."""
+        ids: list[int] = (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)).tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
+        values = np.asarray(ids, dtype=np.int64) - len(SPECIALS)
+        return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def word_starts(self) -> NDArray[np.bool_]:
+        """True for special tokens and for ASCII that is no letter, digit or underscore."""
+        texts = [chr(byte) if byte < 128 else "x" for byte in range(256)]
+        return np.array([True] * len(SPECIALS) + [begins_word(text) for text in texts])
+
+    def special_ids(self) -> frozenset[int]:
+        """0 to 6."""
+        return frozenset(range(len(SPECIALS)))
+
+    def save(self, folder: Path) -> None:
+        """Write a file that marks the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BYTES_FILE).write_text("The 256 byte values; id = byte + 7, after the special tokens.\n")
+
+
+def begins_word(text: str) -> bool:
+    """Whether a piece with this text begins a word, rather than going on with one."""
+    return not (text[:1].isalnum() or text[:1] == "_")
+
+
+def cut(text: str, limit: int) -> list[str]:
+    """`text` in parts of at most `limit` characters, each cut after the last line end there is, if any.
+
+    What encoders take at once: their memory is many times the text they are given.
+    """
+    if len(text) <= limit:
+        return [text]
+    parts, start = [], 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start, start + limit) + 1 or start + limit
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer from a folder written by `save`, a SentencePiece .model, a `tokenizers` tokenizer.json, a WordPiece
+    vocab.txt or a `transformers` folder.
+
+    Raises UserError when there is none, or when it is damaged.
+    """
+    from cairn.data.huggingface import load_huggingface
+    from cairn.data.sentencepiece import SentencePieceTokenizer
+
+    if path.is_dir():
+        if (path / BYTES_FILE).is_file():
+            return BytesTokenizer()
+        if (path / "tokenizer.json").is_file() or not (path / "tokenizer.model").is_file():
+            return load_huggingface(path)
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    if not path.is_file():
+        raise UserError(f"tokenizer.path {path}: there is no such file or folder")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    return load_huggingface(path)
