@@ -1,8 +1,8 @@
 """The `data` and `model` sections of vision and GAN recipes."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cairn.config.base import Section
 
@@ -30,6 +30,12 @@ class ViTSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout after embeddings and sub-layers."""
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
+        return self
+
 
 class DCGANSection(Section):
     """A deep convolutional GAN (arXiv 1511.06434), sized to the images."""
@@ -37,5 +43,5 @@ class DCGANSection(Section):
     name: Literal["dcgan"] = "dcgan"
     d_latent: int = Field(64, ge=1)
     """Length of the noise vector."""
-    n_channel: int = Field(32, ge=1)
-    """Channels of the widest feature map over 4."""
+    n_channel: int = Field(16, ge=4, multiple_of=4)
+    """Channels of the widest feature map over 4; a multiple of 4, the groups of their norms."""

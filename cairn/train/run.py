@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
@@ -43,10 +44,13 @@ def load_model(run_dir: Path, device: torch.device) -> LoadedRun:
     return LoadedRun(config, model.eval(), tokenizer, checkpoint.step)
 
 
-def load_weights(model: GPT | BERT, checkpoint: Checkpoint) -> None:
-    """Copy "weight/PARAM" and "buffer/NAME" into the model. Raises UserError naming one that is missing or mis-shaped."""
-    wanted = {f"weight/{name}": p for name, p in model.named_parameters()}
-    wanted |= {f"buffer/{name}": b for name, b in model.named_buffers()}
+def load_weights(model: nn.Module, checkpoint: Checkpoint, engine: str = "model") -> None:
+    """Copy "ENGINE/weight/PARAM" and "ENGINE/buffer/NAME" into the model.
+
+    Raises UserError naming one that is missing or mis-shaped.
+    """
+    wanted: dict[str, Tensor] = {f"{engine}/weight/{name}": p for name, p in model.named_parameters()}
+    wanted |= {f"{engine}/buffer/{name}": b for name, b in model.named_buffers()}
     for name, target in wanted.items():
         tensor = checkpoint.read(name)
         if tensor is None:

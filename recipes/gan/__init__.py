@@ -1,0 +1,1 @@
+"""Generative adversarial networks, one file each: `python -m recipes.gan CONFIG`."""

@@ -1,0 +1,1 @@
+"""Image classifiers, one file each: `python -m recipes.vision CONFIG`."""
