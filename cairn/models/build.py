@@ -9,7 +9,7 @@ from cairn.models.bert import BERT
 from cairn.models.gpt import GPT
 
 
-def vocab_rows(section: GPTSection | BERTSection, vocab_size: int) -> int:
+def padded_vocab(section: GPTSection | BERTSection, vocab_size: int) -> int:
     """Rows of the embedding for a tokenizer of `vocab_size`: model.vocab_size, or rounded up to vocab_multiple."""
     return section.vocab_size or -(-vocab_size // section.vocab_multiple) * section.vocab_multiple
 
@@ -19,7 +19,7 @@ def build_model(section: GPTSection | BERTSection, vocab_size: int) -> GPT | BER
 
     `vocab_size` is the tokenizer's. Raises UserError where model.vocab_size is smaller.
     """
-    rows = vocab_rows(section, vocab_size)
+    rows = padded_vocab(section, vocab_size)
     if rows < vocab_size:
         raise UserError(f"model.vocab_size {rows} is smaller than the tokenizer's {vocab_size}: leave it empty")
     return GPT(section, rows) if isinstance(section, GPTSection) else BERT(section, rows)
@@ -44,7 +44,7 @@ def flops_per_token(section: GPTSection | BERTSection, vocab_size: int, seq_len:
     """
     model = _meta(section, vocab_size)
     products = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks."))
-    head = float(vocab_rows(section, vocab_size) * section.d_model)
+    head = float(padded_vocab(section, vocab_size) * section.d_model)
     causal = isinstance(section, GPTSection)
     if not causal:
         head = 0.15 * (head + section.d_model**2)
