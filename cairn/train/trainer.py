@@ -236,7 +236,7 @@ class Trainer:
         checkpoint = found or self.store.open(step)
         for key, value in self.task.identity().items():
             saved = checkpoint.state["identity"].get(key)
-            if saved != value:
+            if saved is not None and saved != value:  # an imported run has met no corpus yet
                 raise UserError(
                     f"{self.folder.path}: the {key} is not the one this run was trained with "
                     f"({value[:12]} now, {str(saved)[:12]} then): restore it, or choose another run.name"
