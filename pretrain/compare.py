@@ -89,11 +89,11 @@ def relative_differences(a: Result, b: Result) -> dict[str, tuple[float, str]]:
     """
     found: dict[str, tuple[float, str]] = {}
     for step, name in a.metrics | b.metrics:
-        x, y = a.metrics.get((step, name)), b.metrics.get((step, name))
+        x, y = a.metrics.get((step, name), "missing"), b.metrics.get((step, name), "missing")
         difference = 0.0
         if json.dumps(x) != json.dumps(y):
-            numbers = isinstance(x, int | float) and isinstance(y, int | float)
-            difference = abs(x - y) / max(abs(x), abs(y)) if numbers else math.inf
+            comparable = isinstance(x, int | float) and isinstance(y, int | float)
+            difference = abs(x - y) / max(abs(x), abs(y)) if comparable else math.inf
         difference = math.inf if math.isnan(difference) else difference
         if name not in found or difference > found[name][0]:
             found[name] = (difference, f"step {step}")
