@@ -3,9 +3,9 @@
     python -m benchmarks.train_speed [--rounds 3] [--steps 8] [--systems cairn,bare,transformers]
 
 Each measurement is a process of its own; a round runs every system once, in turn, so that a machine that changes its
-speed changes it for all. A reference matrix product is timed in every process: `peak` is the best bf16 product of the same
-process and `of peak` the model's FLOP/s over it. Every side gets the same shapes, data, bf16 compute, fused AdamW and
-allocator settings.
+speed changes it for all. A reference matrix product is timed in every process: `peak` is the best bf16 product of the
+same process and `of peak` the model's FLOP/s over it. Every side gets the same shapes, data, bf16 compute, fused AdamW
+and allocator settings.
 """
 
 import argparse
