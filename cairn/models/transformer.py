@@ -14,6 +14,7 @@ from cairn.config.model import Activation, TransformerSection
 from cairn.models.cache import KVCache
 from cairn.ops import positions
 from cairn.ops.attention import attention
+from cairn.ops.embedding import embedding
 from cairn.ops.losses import cross_entropy_sum, logits_of
 from cairn.ops.masks import Mask
 from cairn.ops.norms import layer_norm, rms_norm
@@ -61,15 +62,23 @@ class Norm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class Vocabulary(nn.Module):
+class Lookup(nn.Module):
+    """A table of vectors, read by id."""
+
+    def __init__(self, n_rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., width)."""
+        return embedding(ids, self.weight)
+
+
+class Vocabulary(Lookup):
     """One row per token. Reads ids into vectors, and as a head scores vectors against every row.
 
     A tied model calls the same module both ways, so its weight is one parameter that is always used in this forward.
     """
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(
         self,
@@ -81,7 +90,7 @@ class Vocabulary(nn.Module):
     ) -> Tensor:
         """Ids (...) -> (..., D); as head (..., D) -> logits (..., V), or with labels (...) the summed loss."""
         if not as_head:
-            return F.embedding(x, self.weight)
+            return embedding(x, self.weight)
         if labels is None:
             return logits_of(x, self.weight, bias, softcap)
         return cross_entropy_sum(x, self.weight, labels, bias, softcap)
@@ -94,8 +103,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.section = section
         self.token = Vocabulary(vocab_size, section.d_model)
-        self.position = nn.Embedding(section.max_seq_len, section.d_model) if section.position == "learned" else None
-        self.segment = nn.Embedding(n_segment, section.d_model) if n_segment else None
+        self.position = Lookup(section.max_seq_len, section.d_model) if section.position == "learned" else None
+        self.segment = Lookup(n_segment, section.d_model) if n_segment else None
         self.norm = Norm(section.d_model, section) if norm else None
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None, places: Tensor) -> Tensor:
@@ -112,17 +121,16 @@ class Embedding(nn.Module):
         return F.dropout(x, self.section.dropout, self.training)
 
 
-class RelativeBias(nn.Module):
+class RelativeBias(Lookup):
     """T5's learned bias of each head for each bucket of distances; one table for all layers."""
 
     def __init__(self, section: TransformerSection, causal: bool) -> None:
-        super().__init__()
+        super().__init__(32, section.n_head)
         self.causal = causal
-        self.weight = nn.Parameter(torch.empty(32, section.n_head))
 
     def forward(self, distance: Tensor) -> Tensor:
         """(T, S) -> (1, H, T, S)."""
-        return F.embedding(positions.t5_buckets(distance, self.causal), self.weight).permute(2, 0, 1)[None]
+        return embedding(positions.t5_buckets(distance, self.causal), self.weight).permute(2, 0, 1)[None]
 
 
 class Attention(nn.Module):

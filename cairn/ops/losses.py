@@ -93,10 +93,12 @@ def _piece(logits: Tensor, labels: Tensor, bias: Tensor | None, softcap: float |
         z = z.mul_(softcap)
     real = labels != IGNORE
     index = labels.clamp(min=0)[:, None]
-    lse = z.logsumexp(-1, keepdim=True)
-    loss = (lse - z.gather(1, index)).squeeze(1).masked_fill(~real, 0.0).sum(dtype=torch.float64)
+    target = z.gather(1, index)
+    top = z.amax(-1, keepdim=True)
+    norm = z.sub_(top).exp_().sum(-1, keepdim=True)
+    loss = (norm.log() + top - target).squeeze(1).masked_fill(~real, 0.0).sum(dtype=torch.float64)
     if train:
-        z = z.sub_(lse).exp_()
+        z = z.div_(norm)
         z.scatter_add_(1, index, torch.full_like(index, -1, dtype=z.dtype))
         if softcap is not None and slope is not None:
             z.mul_(slope)
