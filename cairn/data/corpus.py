@@ -13,6 +13,7 @@ on the number of workers; `documents` reads one. A document is a string; empty o
 """
 
 import glob
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -99,11 +100,13 @@ def list_source(source: str) -> Listing:
 
 def _list_stdlib() -> Listing:
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = (file.relative_to(root) for file in root.rglob("*.py"))
-    kept = sorted((name for name in names if not NOT_STDLIB & set(name.parts)), key=PurePath.as_posix)
-    if not kept:
+    files = []
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in NOT_STDLIB]  # not entered: site-packages may be vast
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
         raise UserError(f"data.source stdlib: no .py files in {root}; give data.source=PATH")
-    return _list_files("stdlib", [root / name for name in kept])
+    return _list_files("stdlib", sorted(files, key=lambda file: file.relative_to(root).as_posix()))
 
 
 def _list_files(name: str, files: Iterable[Path]) -> Listing:

@@ -78,7 +78,7 @@ def _listed(section: SourceSection, tokenizer: TokenizerSection) -> Listing | Pa
         return list_source(section.source)
     if not isinstance(tokenizer, TokenizerFileSection):
         raise UserError(
-            f"data.source {section.source} is tokenised already: set tokenizer.name=file, and tokenizer.path to what made it"
+            f"data.source {section.source} is tokenised already: set tokenizer.name=file and tokenizer.path"
         )
     return prefix
 
