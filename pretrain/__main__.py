@@ -12,13 +12,16 @@ def main() -> None:
 
     from cairn.cluster import Cluster
     from cairn.data.prepare import open_prepared, prepare
-    from cairn.train.trainer import train
+    from cairn.train.trainer import Trainer
     from pretrain.task import LanguageModel
 
     cluster = Cluster.from_env()
     with cluster.init():
         folder = cluster.on_main(lambda: prepare(config.data, config.tokenizer))
-        outcome = train(LanguageModel(config, open_prepared(folder)), config, cluster)
+        prepared = open_prepared(folder)
+        trainer = Trainer(LanguageModel(config, prepared), config, cluster)
+        cluster.on_main(lambda: trainer.folder.keep_tokenizer(prepared.tokenizer.save))
+        outcome = trainer.run()
         if cluster.is_main:
             print(outcome.summary())
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ class RunFolder:
         rows = list(parse_rows(self.metrics)) if self.metrics.exists() else []
         evaluations = [row for row in rows if any(key.startswith("valid/") for key in row)]
         return {key: value for key, value in evaluations[-1].items() if key != "step"} if evaluations else {}
+
+    def keep_tokenizer(self, save: Callable[[Path], None]) -> None:
+        """Have `save` write the tokenizer, in one step, unless the folder has it: whoever reads the model needs it."""
+        if not self.tokenizer.exists():
+            temporary = self.tokenizer.with_name(".tokenizer.tmp")
+            save(temporary)
+            temporary.rename(self.tokenizer)
 
     def _changes(self, config_yaml: str) -> list[str]:
         old, new = (flatten(yaml.safe_load(text)) for text in (self.config.read_text(encoding="utf-8"), config_yaml))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cairn.config.recipes import DCGANSection
 from cairn.config.schema import GANConfig
@@ -108,7 +109,6 @@ class DCGAN:
     """The task: the discriminator learns to tell real from generated, the generator to pass for real."""
 
     tokens_per_sample = SIZE * SIZE
-    flops_per_sample = 0.0
 
     def __init__(self, config: GANConfig) -> None:
         self.config = config
@@ -124,6 +124,16 @@ class DCGAN:
     def identity(self) -> dict[str, str]:
         """The training images."""
         return {"data": fingerprint(self.config.data)}
+
+    @cached_property
+    def flops_per_sample(self) -> float:
+        """Of both networks' steps: a backward pass costs two forward ones, or one where weights need no gradient."""
+        with FlopCounterMode(display=False) as generator:
+            fake = Generator(self.config.model)(fixed_noise(1, self.config.model.d_latent))
+        with FlopCounterMode(display=False) as discriminator:
+            Discriminator(self.config.model)(fake)
+        # Discriminator's step: one fake made, real and fake judged and learned from. Generator's: one more fake.
+        return float(4 * generator.get_total_flops() + 8 * discriminator.get_total_flops())
 
     def step(self, engines: Engines, batches: list[Batch], lr_factor: float) -> Metrics:
         """One update of the discriminator, then one of the generator against it."""

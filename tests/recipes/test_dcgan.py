@@ -134,6 +134,13 @@ def test_measure_ranks_real_above_blurred_above_noise_and_sees_a_collapse() -> N
     assert collapsed["frechet"] > 5
 
 
+def test_operations_are_counted_over_both_steps() -> None:
+    c, d = CONFIG.model.n_channel, CONFIG.model.d_latent
+    generator = 4 * d * 4 * c + 4 * 16 * 4 * c * 2 * c + 16 * 16 * 2 * c * c + 64 * 9 * c
+    discriminator = 64 * 9 * c + 16 * 16 * c * 2 * c + 4 * 16 * 2 * c * 4 * c + 4 * 4 * c
+    assert DCGAN(CONFIG).flops_per_sample == 2 * (4 * generator + 8 * discriminator)
+
+
 def test_walk_visits_its_stops_at_constant_length() -> None:
     stops = torch.nn.functional.normalize(torch.eye(6)[:4], dim=1)
     points = walk(stops, 16)
