@@ -157,7 +157,7 @@ class Display:
         if self._bar is not None:
             self._bar.start()  # a no-op when it runs
             self._bar.update(self._task, completed=step, description=text)
-        elif now - self._last_line >= PLAIN_EVERY_S or step == self._total:
+        elif self.fields and (now - self._last_line >= PLAIN_EVERY_S or step == self._total):
             self._last_line = now
             self._console.print(f"step {step}/{self._total}  {text}", markup=False, highlight=False, soft_wrap=True)
 
@@ -237,7 +237,8 @@ class Wandb:
             settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
         )
         self._run.define_metric("*", step_metric="step")
-        self.where = self._run.url or f"offline in {self._run.settings.sync_dir} (`wandb sync` sends it)"
+        sync = f"offline in {self._run.settings.sync_dir} (`wandb sync` sends it)"
+        self.where = self._run.url if mode == "online" else sync
 
     def rows(self, rows: Sequence[Row]) -> None:
         """Send rows."""
