@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from cairn.config.model import GPTSection
 from cairn.config.schema import PretrainConfig
 from cairn.data.batches import Batch, Samples
 from cairn.data.prepare import Prepared
@@ -53,7 +52,8 @@ class LanguageModel(LossTask):
         metrics = super().evaluate(engines, batches)
         streams = [stream for stream, _ in self.prepared.streams("valid")]
         tokens, size = sum(s.n_tokens for s in streams), sum(s.n_bytes for s in streams)
-        if isinstance(self.config.model, GPTSection) and size:
+        known = all(s.n_bytes for s in streams if s.n_tokens)  # of a corpus that came tokenised they are not
+        if self.config.objective.name == "causal" and known:
             metrics["bits_per_byte"] = metrics["loss"] / math.log(2) * tokens / size
         return metrics
 

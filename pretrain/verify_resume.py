@@ -112,9 +112,10 @@ def verify(config: PretrainConfig, args: argparse.Namespace, folder: Path) -> bo
     zero = config.engine.zero_stage if args.resume_zero is None else args.resume_zero
     same = args.resume_world == args.world and zero == config.engine.zero_stage
     common = [sys.executable, "-m", "pretrain", str(args.config), *args.overrides, *_overrides(config, args, folder)]
-    if not same and (config.model.dropout or config.model.attention_dropout):
+    dropouts = [key for key in ("dropout", "attention_dropout") if getattr(config.model, key, 0.0)]
+    if not same and dropouts:
         console.print("dropout is drawn by rank, so it is switched off to compare topologies")
-        common += ["model.dropout=0.0", "model.attention_dropout=0.0"]
+        common += [f"model.{key}=0.0" for key in dropouts]
 
     def start(name: str, world_size: int, *more: str) -> Ranks:
         micro = _micro_batch_size(config, world_size)

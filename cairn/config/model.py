@@ -1,6 +1,6 @@
 """The `model` section of language models: one transformer, many configurations."""
 
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,20 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"]
 AttentionBackend = Literal["auto", "reference", "sdpa", "flex", "blocked"]
 
 
-class TransformerSection(Section):
+class LanguageModelSection(Section):
+    """What every language model has."""
+
+    objective: ClassVar[Literal["causal", "masked"]] = "causal"
+    """The objective.name it trains with."""
+    max_seq_len: int = Field(1024, ge=1)
+    """Longest sequence the model is built for."""
+    vocab_size: int | None = Field(None, ge=1)
+    """Rows of the embedding; empty: the tokenizer's vocabulary rounded up to vocab_multiple."""
+    vocab_multiple: int = Field(128, ge=1)
+    """An empty vocab_size is rounded up to a multiple of this, which GEMM kernels like."""
+
+
+class TransformerSection(LanguageModelSection):
     """The transformer core; GPT-2-like, Llama-like and BERT-like models are values of these keys."""
 
     n_layer: int = Field(12, ge=1)
@@ -24,12 +37,6 @@ class TransformerSection(Section):
     """Width of the residual stream."""
     d_ff: int | None = Field(None, ge=1)
     """Width of the feed-forward layer; empty: 4 x d_model (8/3 x d_model rounded up to 128 for swiglu)."""
-    max_seq_len: int = Field(1024, ge=1)
-    """Longest sequence the model is built for."""
-    vocab_size: int | None = Field(None, ge=1)
-    """Rows of the embedding; empty: the tokenizer's vocabulary rounded up to vocab_multiple."""
-    vocab_multiple: int = Field(128, ge=1)
-    """An empty vocab_size is rounded up to a multiple of this, which GEMM kernels like."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation layer."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -102,6 +109,7 @@ class GPTSection(TransformerSection):
 class BERTSection(TransformerSection):
     """An encoder with segment embeddings, a pooler, a masked-LM head and a next-sentence head."""
 
+    objective = "masked"
     name: Literal["bert"] = "bert"
     norm_position: Literal["pre", "post"] = "post"
     norm_eps: float = Field(1e-12, gt=0)
@@ -112,3 +120,6 @@ class BERTSection(TransformerSection):
     """Segment (token type) embeddings."""
     dropout: float = Field(0.1, ge=0, lt=1)
     attention_dropout: float = Field(0.1, ge=0, lt=1)
+
+
+ModelSection = Annotated[GPTSection | BERTSection, Field(discriminator="name")]

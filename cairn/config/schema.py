@@ -1,12 +1,12 @@
 """One typed, frozen schema per verb. A YAML file, its `extends:` and dotted overrides fill it (see load.py)."""
 
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from cairn.config.base import Section
 from cairn.config.data import CausalSection, DataSection, ObjectiveSection, SentencePieceSection, TokenizerSection
-from cairn.config.model import BERTSection, GPTSection
+from cairn.config.model import GPTSection, ModelSection
 from cairn.config.recipes import DCGANSection, DigitsSection, ViTSection
 from cairn.config.train import (
     AdamWSection,
@@ -18,8 +18,6 @@ from cairn.config.train import (
     TrackSection,
     TrainSection,
 )
-
-ModelSection = Annotated[GPTSection | BERTSection, Field(discriminator="name")]
 
 
 class RunConfig(Section):
@@ -53,10 +51,10 @@ class PretrainConfig(RunConfig):
     def _parts_fit(self) -> Self:
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
-        wanted = {"gpt": "causal", "bert": "masked"}[self.model.name]
-        if self.objective.name != wanted:
+        if self.objective.name != self.model.objective:
             raise ValueError(
-                f"model.name {self.model.name} trains with objective.name {wanted}, not {self.objective.name}"
+                f"model.name {self.model.name} trains with objective.name {self.model.objective}, "
+                f"not {self.objective.name}"
             )
         return self
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from cairn.data.tokenizer import Tokenizer
 from cairn.decode.sample import Sampling, draw, generators, probabilities
 from cairn.errors import UserError
-from cairn.models.cache import KVCache
-from cairn.models.gpt import GPT
+from cairn.models.base import Cache, LanguageModel
+from cairn.models.build import padded_vocab
 from cairn.train.run import LoadedRun
 
 
 def stream(
-    model: GPT,
+    model: LanguageModel,
     prompt: Tensor,
     sampling: Sampling,
     rows: Sequence[torch.Generator],
@@ -31,7 +31,7 @@ def stream(
     """
     limit = model.section.max_seq_len
     context = prompt[:, -limit:]
-    cache: KVCache | None = None
+    cache: Cache | None = None
     while True:
         if context.shape[1] > limit:
             context, cache = context[:, -max(1, limit // 2) :], None
@@ -46,13 +46,13 @@ def stream(
 
 
 @torch.inference_mode()
-def _next_logits(model: GPT, context: Tensor, cache: KVCache | None) -> Tensor:
+def _next_logits(model: LanguageModel, context: Tensor, cache: Cache | None) -> Tensor:
     read = 0 if cache is None else cache.length
     return model(context[:, read:], cache=cache)[:, -1].float()  # type: ignore[no-any-return]
 
 
 def generate(
-    model: GPT,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -88,11 +88,11 @@ def generate(
     return results
 
 
-def decoder_of(run: LoadedRun) -> GPT:
+def decoder_of(run: LoadedRun) -> LanguageModel:
     """The run's model, ready to generate. Raises UserError for one that cannot."""
-    if not isinstance(run.model, GPT):
+    if run.config.model.objective != "causal":
         raise UserError(
-            f"a {run.config.model.name} model predicts masked tokens and cannot generate: give a run of a gpt model"
+            f"a {run.config.model.name} model predicts masked tokens and cannot generate: give a run of a causal one"
         )
     return run.model.eval()
 
@@ -129,7 +129,7 @@ def stream_text(
     model, tokenizer = decoder_of(run), run.tokenizer
     start = encode_prompt(tokenizer, prompt)
     device = next(model.parameters()).device
-    allowed = allowed_tokens(tokenizer, model.embed.token.weight.shape[0]).to(device)
+    allowed = allowed_tokens(tokenizer, padded_vocab(run.config.model, tokenizer.vocab_size)).to(device)
     tokens = stream(model, torch.tensor([start], device=device), sampling, [row], allowed)
     ids = list(start)
     shown = len(tokenizer.decode(ids))

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cairn.config.model import BERTSection, GPTSection
+from cairn.config.model import BERTSection, GPTSection, ModelSection
 from cairn.errors import UserError
 from cairn.hub import bert, gpt2, llama
 from cairn.hub.convert import Entry, to_hub
 from cairn.hub.tokenizer import export_tokenizer
+from cairn.models.base import LanguageModel
 from cairn.models.bert import BERT
+from cairn.models.build import padded_vocab
 from cairn.models.gpt import GPT
 from cairn.train.folder import RunFolder
 from cairn.train.run import load_model
@@ -30,7 +32,9 @@ def export_run(run: Path, folder: Path) -> list[str]:
     if folder.exists():
         raise UserError(f"{folder} exists already: give a new folder")
     loaded = load_model(run, torch.device("cpu"))
-    architecture, arguments, table = counterpart(loaded.model.section, loaded.model.embed.token.weight.shape[0])
+    architecture, arguments, table = counterpart(
+        loaded.config.model, padded_vocab(loaded.config.model, loaded.tokenizer.vocab_size)
+    )
     folder.mkdir(parents=True)
     try:
         special = {f"{kind}_token_id": getattr(loaded.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
@@ -52,10 +56,12 @@ def export_run(run: Path, folder: Path) -> list[str]:
     return lines
 
 
-def counterpart(section: GPTSection | BERTSection, vocab_rows: int) -> tuple[str, dict[str, Any], list[Entry]]:
+def counterpart(section: ModelSection, vocab_rows: int) -> tuple[str, dict[str, Any], list[Entry]]:
     """Architecture of transformers, arguments of its config, and the table of names. Raises UserError if none fits."""
     if isinstance(section, BERTSection):
         return bert.ARCHITECTURE, bert.to_config(section, vocab_rows), bert.table(section)
+    if not isinstance(section, GPTSection):
+        raise UserError(f"model.name {section.name} has no counterpart in transformers")
     if section.position == "rope":
         return llama.ARCHITECTURE, llama.to_config(section, vocab_rows), llama.table(section)
     return gpt2.ARCHITECTURE, gpt2.to_config(section, vocab_rows), gpt2.table(section)
@@ -79,7 +85,7 @@ def write_model(folder: Path, architecture: str, arguments: dict[str, Any], weig
 
 
 @torch.no_grad()
-def compare(model: GPT | BERT, folder: Path, architecture: str) -> float:
+def compare(model: LanguageModel, folder: Path, architecture: str) -> float:
     """Largest difference of logits between ours and transformers' of the folder, over the largest logit.
 
     Raises UserError when transformers finds a tensor missing.
@@ -93,7 +99,7 @@ def compare(model: GPT | BERT, folder: Path, architecture: str) -> float:
         wrong = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise UserError(f"{folder} is removed: transformers misses or does not know {', '.join(wrong[:5])}")
     shape = (2, min(64, model.section.max_seq_len))
-    ids = torch.randint(model.embed.token.weight.shape[0], shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(theirs.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     theirs.eval()
     model.eval()
     if isinstance(model, GPT):

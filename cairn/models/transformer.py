@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cairn.config.model import Activation, TransformerSection
+from cairn.models.base import LanguageModel
 from cairn.models.cache import KVCache
 from cairn.ops import positions
 from cairn.ops.attention import attention
@@ -200,8 +201,10 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-class Transformer(nn.Module):
+class Transformer(LanguageModel):
     """Embedding, blocks, final norm. GPT and BERT add their heads to it."""
+
+    section: TransformerSection
 
     def __init__(
         self, section: TransformerSection, vocab_size: int, causal: bool, n_segment: int = 0, embed_norm: bool = False
@@ -240,6 +243,22 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length = n_key
         return x if self.final_norm is None else self.final_norm(x)  # type: ignore[no-any-return]
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """6 for each weight of a matrix product (embedding look-ups are none; the head is one), and
+        12 x layers x width x keys seen for attention: half the sequence when causal, at most the window.
+        BERT's vocabulary product is counted at 15 % of the positions, and its pooler not at all.
+        """
+        s, window = self.section, self.section.sliding_window or seq_len
+        products = float(sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2))
+        head = float(self.embed.token.weight.numel())
+        if self.causal:
+            w = min(window, seq_len)
+            keys = (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
+        else:
+            head = 0.15 * (head + s.d_model**2)
+            keys = float(min(2 * window - 1, seq_len))
+        return 6.0 * (products + head) + 12.0 * s.n_layer * s.d_model * keys
 
     def _rope(self, places: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.section.position != "rope":

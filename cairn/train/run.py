@@ -10,9 +10,8 @@ from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
 from cairn.data.tokenizer import Tokenizer, load_tokenizer
 from cairn.errors import UserError
-from cairn.models.bert import BERT
+from cairn.models.base import LanguageModel
 from cairn.models.build import build_model
-from cairn.models.gpt import GPT
 from cairn.train.checkpoint import Checkpoint, newest
 from cairn.train.folder import RunFolder
 
@@ -22,7 +21,7 @@ class LoadedRun:
     """A run as it stood at `step`; the model is in fp32 and in evaluation mode."""
 
     config: PretrainConfig
-    model: GPT | BERT
+    model: LanguageModel
     tokenizer: Tokenizer
     step: int
 
