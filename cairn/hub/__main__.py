@@ -23,6 +23,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Convert, check, say what was made."""
     args = parser().parse_args()
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     if args.verb == "export":
         from cairn.hub.export_run import export_run
 
