@@ -22,7 +22,8 @@ from cairn.config.train import EngineSection, OptimSection
 from cairn.errors import UserError
 from cairn.optim.build import build_optimizer
 from cairn.train.engine_config import deepspeed_config, effective_stage
-from cairn.train.engine_state import NamedState, flat_slots, replicated_slots, sharded_slots
+from cairn.train.engine_layout import flat_slots, replicated_slots, sharded_slots
+from cairn.train.engine_state import NamedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -89,13 +90,16 @@ class Engine:
             slots = flat_slots(groups, self._optimizer, cluster.rank)
         else:
             slots = sharded_slots(groups, self._zero, cluster.rank)
-        self._state = NamedState(self.module, groups, slots, self._optimizer, self._stage)
+        self._state = NamedState(self.module, groups, slots, self._optimizer, self._stage, self.device)
         self._state.check(initial, self.dtype, deepspeed.__version__)
         self._state.prime()
         self._state.write(lambda key: initial[key.removeprefix("weight/")], trained_weights_only=True)
         self._refresh()
-        if self._scaler is not None and self._stage == 3:
-            self._scaler.cur_scale /= self._world_size  # see backward
+        if self._scaler is not None:
+            self._scaler.cur_scale /= self._scale_share
+            # DeepSpeed would change the scale first, and divide the gradient by one it was not computed with.
+            self._update_scale = self._scaler.update_scale
+            self._scaler.update_scale = lambda overflow: None
         if engine.compile:
             self._engine.compile()
 
@@ -120,7 +124,7 @@ class Engine:
             # two backward passes) stage 3 would overwrite the first gradient with the second.
             self._zero.clear_backward_seen_flag()
         self._engine.set_gradient_accumulation_boundary(last)
-        # Stage 3 only averages. Its fp16 loss scale is kept world_size times smaller in turn.
+        # Stage 3 can only average. Its fp16 loss scale is kept world_size times smaller in turn.
         self._engine.backward(loss * self._world_size if self._stage == 3 else loss, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> None:
@@ -133,9 +137,14 @@ class Engine:
         if self._stage == 0:
             self._replicated_step()
             return
+        for flags in getattr(self._zero, "fp32_groups_has_gradients", ()):
+            # Ranks on which a parameter was not used must clip its gradient too.
+            flags[:] = [True] * len(flags)
         self._engine.step()
         self.grad_norm = self._zero._global_grad_norm
         self.skipped = not self._engine.was_step_applied()
+        if self._scaler is not None:
+            self._update_scale(self.skipped)
         self._forget_gradients()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

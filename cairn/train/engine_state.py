@@ -6,7 +6,7 @@ size wrote any other reads, to the bit.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,19 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cairn.errors import UserError
-from cairn.optim.layout import FlatLayout, Piece
+from cairn.train.engine_layout import Groups, Slot, shard
 
 BUCKET = 1 << 24
 """Elements gathered at once (64 MiB), or one parameter where that is larger."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """An optimizer tensor, the parameters in it, and the index of its optimizer group."""
-
-    tensor: Tensor
-    layout: FlatLayout
-    group: int
 
 
 @dataclass(frozen=True)
@@ -49,74 +40,27 @@ class Entry:
         return math.prod(self.shape)
 
 
-Groups = Sequence[Sequence[tuple[str, nn.Parameter]]]
-
-
-def replicated_slots(groups: Groups) -> list[Slot]:
-    """Stage 0: each parameter is its own optimizer tensor."""
-    return [
-        Slot(p, FlatLayout([Piece(name, tuple(p.shape), 0, 0, p.numel())], None), index)
-        for index, group in enumerate(groups)
-        for name, p in group
-    ]
-
-
-def flat_slots(groups: Groups, optimizer: torch.optim.Optimizer, rank: int) -> list[Slot]:
-    """Stages 1 and 2: a group's parameters lie in one flat buffer, of which each rank has an equal run in fp32.
-
-    A parameter's place in that buffer is read off its address, so alignment and reordering do not matter.
-    """
-    slots = []
-    for index, (params, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        (flat,) = group["params"]
-        first = min(p.data_ptr() for _, p in params)
-        low, high = rank * flat.numel(), (rank + 1) * flat.numel()
-        pieces = []
-        for name, p in params:
-            at = (p.data_ptr() - first) // p.element_size()
-            start, stop = max(at, low), min(at + p.numel(), high)
-            if start < stop:
-                pieces.append(Piece(name, tuple(p.shape), start - at, start - low, stop - start))
-        pieces.sort(key=lambda piece: piece.local_offset)
-        slots.append(Slot(flat, FlatLayout(pieces, dist.group.WORLD), index))
-    return slots
-
-
-def sharded_slots(groups: Groups, zero: Any, rank: int) -> list[Slot]:
-    """Stage 3: every parameter is cut into equal runs, one a rank, the last ones padded. `zero`: the ZeRO optimizer."""
-    place = {id(p): (name, index) for index, group in enumerate(groups) for name, p in group}
-    slots = []
-    for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        pieces, at = [], 0
-        for p in params:
-            start, length = shard(p, rank)
-            if length > 0:
-                pieces.append(Piece(place[id(p)][0], tuple(p.ds_shape), start, at, length))
-            at += p.ds_tensor.ds_numel
-        slots.append(Slot(flat, FlatLayout(pieces, dist.group.WORLD), place[id(params[0])][1]))
-    return slots
-
-
-def shard(p: Any, rank: int) -> tuple[int, int]:
-    """First element and length of this rank's run of a ZeRO-3 parameter; the length is 0 where only padding is left."""
-    start = rank * p.ds_tensor.ds_numel
-    return start, max(0, min(p.ds_tensor.ds_numel, p.ds_numel - start))
-
-
 class NamedState:
     """The weights and moments of one engine by name: "weight/PARAM", "exp_avg/PARAM", ... and "buffer/NAME".
 
     Args:
         module: the model, as DeepSpeed left it.
-        groups: (name, parameter) of each optimizer group, as they were before DeepSpeed replaced them.
+        groups: what the optimizer trains.
         slots: the optimizer tensors of this rank.
         stage: the ZeRO stage DeepSpeed runs.
+        device: where tensors are gathered.
     """
 
     def __init__(
-        self, module: nn.Module, groups: Groups, slots: list[Slot], optimizer: torch.optim.Optimizer, stage: int
+        self,
+        module: nn.Module,
+        groups: Groups,
+        slots: list[Slot],
+        optimizer: torch.optim.Optimizer,
+        stage: int,
+        device: torch.device,
     ) -> None:
-        self.module, self.slots, self.optimizer, self.stage = module, slots, optimizer, stage
+        self.module, self.slots, self.optimizer, self.stage, self.device = module, slots, optimizer, stage, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
         self.group_of = {name: index for index, group in enumerate(groups) for name, _ in group}
@@ -134,7 +78,7 @@ class NamedState:
                 expected = _run(initial[piece.name], piece.full_offset, piece.length).to(dtype).float()
                 counts[-1] += not torch.equal(_run(held, piece.local_offset, piece.length), expected)
                 counts[order[piece.name]] += piece.length
-        counts = counts.to(self._device())
+        counts = counts.to(self.device)
         dist.all_reduce(counts)
         copies = 1 if self.stage else self.world_size
         wrong = [name for name, i in order.items() if counts[i] != copies * math.prod(self.shapes[name])]
@@ -193,7 +137,7 @@ class NamedState:
             owner = bucket[0].owner
             if self.rank != owner and bucket[0].replicated:
                 continue
-            device = torch.device("cpu") if bucket[0].replicated else self._device()
+            device = torch.device("cpu") if bucket[0].replicated else self.device
             gathered = torch.zeros(sum(e.numel for e in bucket), dtype=torch.float32, device=device)
             at = 0
             for e in bucket:
@@ -301,9 +245,6 @@ class NamedState:
             chain[-1].append(e)
         turns = [(turn, *key) for key, chain in chains.items() for turn in range(len(chain))]
         return [chains[replicated, owner][turn] for turn, replicated, owner in sorted(turns)]
-
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
 
 
 def _run(tensor: Tensor, start: int, length: int) -> Tensor:

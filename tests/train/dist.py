@@ -1,6 +1,7 @@
 """Run a function on several processes that share a gloo group (for tests)."""
 
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,8 @@ def _child(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args
         torch.save(fn(rank, *args), Path(folder) / f"result-{rank}")
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # the interpreter's own way out, with gloo's threads about, aborts once in a while
     except BaseException:  # noqa: BLE001 (whatever ends a rank must reach the parent)
         (Path(folder) / f"error-{rank}").write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(1)  # the others may wait for this rank: leave at once, so that spawn ends them

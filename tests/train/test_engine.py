@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from cairn.config.model import GPTSection
 from cairn.config.train import AdamWSection, EngineSection, MuonSection
 from cairn.errors import UserError
+from cairn.models.build import build_model
 from cairn.train.engine import Engine
 from tests.train.dist import run_distributed
 from tests.train.engine_cases import Net, bits, build, differing, everything, here, noise, reader, train
@@ -105,11 +107,23 @@ def test_fp16_overflow_halves_the_scale_and_skips(stage: int) -> None:
     assert again.scalars() == engine.scalars()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_growing_fp16_scale_does_not_change_the_gradient(stage: int) -> None:
+    optim = AdamWSection(lr=1e-5, betas=(0.0, 0.9), grad_clip=0.0)
+    engine = build(stage, "fp16", optim, deepspeed={"fp16": {"loss_scale_window": 2, "initial_scale_power": 8}})
+    norms, gradients = [], []
+    for _ in range(4):
+        engine.backward(engine(torch.arange(8)).sum())
+        engine.step(1.0)
+        norms.append(float(engine.grad_norm))
+        gradients.append(everything(engine)["exp_avg/norm.bias"].norm().item())
+    assert engine.scalars()["loss_scale"]["cur_scale"] == 512
+    assert max(norms) < 1.05 * min(norms)
+    assert max(gradients) < 1.05 * min(gradients)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(s, o) for s in STAGES for o in ("none", "all") if s or o == "none"])
 def test_a_parameter_without_gradient_does_not_get_the_last_one_again(stage: int, offload: str) -> None:
-    if stage == 0 and offload != "none":
-        pytest.skip("nothing to offload at stage 0")
     engine = build(stage, offload=offload, optim=AdamWSection(lr=1e-2, weight_decay=0.0))
     train(engine, range(1))
     seen = everything(engine)["exp_avg/embed.weight"]
@@ -155,6 +169,14 @@ def test_a_layout_that_does_not_hold_is_noticed() -> None:
 def test_activation_checkpointing_needs_blocks() -> None:
     with pytest.raises(UserError, match="no blocks"):
         build(1, activation_checkpointing=True)
+
+
+def test_a_precision_the_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(UserError, match=r"engine\.precision=fp16 is not supported"):
+        Engine(Net(), EngineSection(precision="fp16"), AdamWSection(), 1, here())
 
 
 def test_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -239,3 +261,36 @@ def test_muon_state_is_named() -> None:
 
 def test_bits_tell_minus_zero_from_zero() -> None:
     assert not torch.equal(bits(torch.tensor([-0.0])), bits(torch.tensor([0.0])))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputing_blocks_changes_no_bit_and_evaluation_disturbs_nothing(stage: int) -> None:
+    shape = GPTSection(
+        n_layer=2, n_head=2, d_model=16, max_seq_len=16, vocab_size=64, dropout=0.1, attention_dropout=0.1
+    )
+    ids = torch.arange(32).view(2, 16)
+    losses: list[list[float]] = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        section = EngineSection(zero_stage=stage, activation_checkpointing=recompute)
+        engine = Engine(build_model(shape, 64), section, AdamWSection(lr=1e-2), 2, here())
+        losses.append([])
+        for step in range(3):
+            if recompute:
+                engine.module.eval()
+                with torch.no_grad():
+                    engine(ids, labels=ids)
+                engine.module.train()
+            torch.manual_seed(step)
+            loss = engine(ids, labels=ids)
+            engine.backward(loss / ids.numel())
+            engine.step(1.0)
+            losses[-1].append(loss.item())
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same() -> None:
+    losses = [train(build(1, compile=compiled), range(3)) for compiled in (False, True)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -47,7 +47,7 @@ def test_a_key_that_contradicts_ours_is_named_with_its_remedy(extra: dict[str, o
 
 
 def test_offload_needs_a_stage() -> None:
-    with pytest.raises(UserError, match="engine.offload=optimizer needs engine.zero_stage"):
+    with pytest.raises(UserError, match=r"engine\.offload=optimizer needs engine\.zero_stage"):
         deepspeed_config(EngineSection(zero_stage=0, offload="optimizer"), 1, 1.0)
 
 
