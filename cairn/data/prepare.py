@@ -63,7 +63,7 @@ def prepare(data: DataSection, tokenizer: TokenizerSection) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                manifest = _whole(folder) or _build(data, tokenizer, sources, listed, folder)
+                manifest = _whole(folder, tell=True) or _build(data, tokenizer, sources, listed, folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise
@@ -105,8 +105,8 @@ def _key(
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _whole(folder: Path) -> Manifest | None:
-    """The manifest, if there is one and every shard it names is as long as it says; says which is not."""
+def _whole(folder: Path, tell: bool = False) -> Manifest | None:
+    """The manifest, if there is one and every shard it names is as long as it says; can tell which is not."""
     manifest = read_manifest(folder)
     if manifest is None:
         return None
@@ -114,7 +114,8 @@ def _whole(folder: Path) -> Manifest | None:
         try:
             check_unit(folder / unit.name, unit)
         except UserError as error:
-            say(f"mending {str(error).partition(';')[0]}")
+            if tell:
+                say(f"mending {str(error).partition(';')[0]}")
             return None
     return manifest
 
