@@ -31,7 +31,9 @@ check: install
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not cluster'
 
+# The peers it measures beside need a package more.
 bench: install
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev,bench]'
 	$(BIN)/python -m benchmarks
 
 # The environment, caches and builds; never data/ or runs/.
