@@ -43,7 +43,7 @@ VERBS = {
     "gan": Verb("recipes.gan", GANConfig, CONFIG, "train a generative adversarial network"),
 }
 TOLD_THE_VERB = ("export", "import")  # cairn.hub does both
-SCHEMAS: tuple[type[Section], ...] = (PretrainConfig, VisionConfig, GANConfig)
+SCHEMAS = tuple(dict.fromkeys(verb.schema for verb in VERBS.values() if verb.schema is not None))
 
 # glibc gives large tensors back to the kernel and faults them in again each step; read before the process starts.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}

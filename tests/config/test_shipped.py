@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from cairn.config.load import load
-from cairn.config.schema import GANConfig, PretrainConfig, VisionConfig
+from cairn.config.schema import PretrainConfig
+from launch.cli import VERBS
 
 ROOT = Path(__file__).parents[2] / "configs"
-SCHEMAS = {"pretrain": PretrainConfig, "vision": VisionConfig, "gan": GANConfig}
 FILES = sorted(ROOT.glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_it_loads(path):
-    config = load(SCHEMAS[path.parent.name], path)
+    config = load(VERBS[path.parent.name].schema, path)  # configs/VERB/NAME.yaml
     assert config.run.name in (path.stem, "run")
     assert config.train.global_batch_size % config.train.micro_batch_size == 0
 
