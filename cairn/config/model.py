@@ -47,6 +47,8 @@ class TransformerSection(LanguageModelSection):
     """Whether norms have a learned scale (and, for layernorm with bias, a shift)."""
     position: Position = "learned"
     """Positional encoding."""
+    embed_norm: bool = False
+    """Normalise the sum of the embeddings before the first block."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of RoPE's wavelengths."""
     activation: Activation = "gelu_tanh"
@@ -113,6 +115,7 @@ class BERTSection(TransformerSection):
     name: Literal["bert"] = "bert"
     norm_position: Literal["pre", "post"] = "post"
     norm_eps: float = Field(1e-12, gt=0)
+    embed_norm: bool = True
     activation: Activation = "gelu"
     residual_init: Literal["same", "scaled", "zero"] = "same"
     max_seq_len: int = Field(512, ge=1)

@@ -19,6 +19,7 @@ def to_config(section: BERTSection, vocab_rows: int) -> dict[str, Any]:
         norm="layernorm",
         norm_position="post",
         norm_affine=True,
+        embed_norm=True,
         position="learned",
         bias=True,
         qk_norm=False,

@@ -19,6 +19,7 @@ def to_config(section: GPTSection, vocab_rows: int) -> dict[str, Any]:
         norm="layernorm",
         norm_position="pre",
         norm_affine=True,
+        embed_norm=False,
         position="learned",
         bias=True,
         qk_norm=False,

@@ -20,6 +20,7 @@ def to_config(section: GPTSection, vocab_rows: int) -> dict[str, Any]:
         norm="rmsnorm",
         norm_position="pre",
         norm_affine=True,
+        embed_norm=False,
         position="rope",
         activation="swiglu",
         qk_norm=False,

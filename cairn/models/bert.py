@@ -43,8 +43,7 @@ class BERT(Transformer):
     section: BERTSection
 
     def __init__(self, section: BERTSection, vocab_size: int) -> None:
-        post = section.norm_position == "post"
-        super().__init__(section, vocab_size, causal=False, n_segment=section.n_segment, embed_norm=post)
+        super().__init__(section, vocab_size, causal=False, n_segment=section.n_segment)
         self.pooler = Pooler(section)
         self.masked_head = MaskedHead(section, vocab_size)
         self.next_sentence_head = nn.Linear(section.d_model, 2, bias=section.bias)

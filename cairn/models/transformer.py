@@ -98,15 +98,15 @@ class Vocabulary(Lookup):
 
 
 class Embedding(nn.Module):
-    """Token, position and (BERT) segment vectors, summed; then norm (BERT) and dropout."""
+    """Token, position and (BERT) segment vectors, summed; then norm, if any, and dropout."""
 
-    def __init__(self, section: TransformerSection, vocab_size: int, n_segment: int = 0, norm: bool = False) -> None:
+    def __init__(self, section: TransformerSection, vocab_size: int, n_segment: int = 0) -> None:
         super().__init__()
         self.section = section
         self.token = Vocabulary(vocab_size, section.d_model)
         self.position = Lookup(section.max_seq_len, section.d_model) if section.position == "learned" else None
         self.segment = Lookup(n_segment, section.d_model) if n_segment else None
-        self.norm = Norm(section.d_model, section) if norm else None
+        self.norm = Norm(section.d_model, section) if section.embed_norm else None
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None, places: Tensor) -> Tensor:
         """input_ids, segment_ids (B, T), places (T,) -> (B, T, D)."""
@@ -206,14 +206,12 @@ class Transformer(LanguageModel):
 
     section: TransformerSection
 
-    def __init__(
-        self, section: TransformerSection, vocab_size: int, causal: bool, n_segment: int = 0, embed_norm: bool = False
-    ) -> None:
+    def __init__(self, section: TransformerSection, vocab_size: int, causal: bool, n_segment: int = 0) -> None:
         super().__init__()
         self.section, self.causal = section, causal
         self.activation_checkpointing = False
         """Recompute each block in the backward pass; the engine sets it."""
-        self.embed = Embedding(section, vocab_size, n_segment, embed_norm)
+        self.embed = Embedding(section, vocab_size, n_segment)
         self.relative = RelativeBias(section, causal) if section.position == "t5" else None
         self.blocks = nn.ModuleList(Block(section, i) for i in range(section.n_layer))
         self.final_norm = Norm(section.d_model, section) if section.norm_position == "pre" else None

@@ -13,7 +13,7 @@ POSITIONS = ["learned", "sinusoidal", "t5", "rope", "alibi", "none"]
 STYLES = [
     {},
     {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 2, "qk_norm": True},
-    {"norm_position": "post", "activation": "relu2", "tie_embeddings": False, "norm_affine": False},
+    {"norm_position": "post", "activation": "relu2", "tie_embeddings": False, "norm_affine": False, "embed_norm": True},
 ]
 
 
