@@ -1,7 +1,7 @@
 """The seam that keeps one training loop: a Task says what is trained, the trainer (trainer.py) says when.
 
-GPT, BERT, every fine-tuning task and every vision or GAN recipe is a Task. Most are a LossTask: one model and a loss that
-is a sum over targets. A GAN overrides `step` and drives two engines.
+GPT, BERT, every fine-tuning task and every vision or GAN recipe is a Task. Most are a LossTask: one model and a loss
+that is a sum over targets. A GAN overrides `step` and drives two engines.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +42,7 @@ class Task(Protocol):
         ...
 
     def identity(self) -> dict[str, str]:
-        """What a checkpoint must agree on to be resumed, by name: fingerprints of the corpus, the tokenizer and such."""
+        """What a checkpoint must agree on to be resumed, by name: fingerprints of the corpus and such."""
         ...
 
     @property
@@ -108,7 +108,7 @@ class LossTask:
         return {}
 
 
-class evaluating:  # noqa: N801 - reads as a statement
+class evaluating:
     """Context: an engine's module in evaluation mode, without gradients."""
 
     def __init__(self, engine: Engine) -> None:
