@@ -80,6 +80,7 @@ def deepspeed_config(section: EngineSection, micro_batch_size: int, grad_clip: f
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},  # on by default, it waits for the GPU twice a step
         "zero_optimization": zero,
     }
     if section.precision != "fp32":

@@ -31,6 +31,12 @@ def test_user_json_is_merged_key_by_key() -> None:
     assert section.deepspeed["fp16"] == {"initial_scale_power": 4}
 
 
+def test_no_timer_waits_for_the_device() -> None:
+    from deepspeed.utils.config import get_timers_config
+
+    assert not get_timers_config(deepspeed_config(EngineSection(), 1, 1.0)).enabled
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
