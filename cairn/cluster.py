@@ -69,11 +69,12 @@ class Cluster:
         import torch
         import torch.distributed as dist
 
-        # DeepSpeed reads these whoever started us.
+        cuda = self.device.type == "cuda"
+        # DeepSpeed reads these whoever started us, and takes LOCAL_RANK for the number of the GPU.
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
-            LOCAL_RANK=str(self.local_rank),
+            LOCAL_RANK=str(self.device.index if cuda else self.local_rank),
             LOCAL_WORLD_SIZE=str(self.local_world_size),
             MASTER_ADDR=self.master_addr,
             MASTER_PORT=str(self.master_port),
@@ -83,7 +84,6 @@ class Cluster:
         stack = ExitStack()
         if dist.is_initialized():
             return stack  # whoever started it also ends it
-        cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
         dist.init_process_group(

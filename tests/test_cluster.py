@@ -117,6 +117,24 @@ def test_threads():
     assert four.threads({"SLURM_CPUS_PER_TASK": "6"}) == 6
 
 
+def test_deepspeed_is_told_the_one_gpu_that_a_task_sees(monkeypatch):
+    import torch
+    import torch.distributed as dist
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    Cluster(3, 4, 3, 4).init()
+    assert used == [torch.device("cuda", 0)]
+    assert os.environ["LOCAL_RANK"] == "0"
+    assert os.environ["RANK"] == "3"
+
+
 JOB = """
 import torch, torch.distributed as dist
 from cairn.cluster import Cluster
