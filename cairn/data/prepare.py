@@ -30,7 +30,7 @@ from cairn.data.corpus import Listing, Part, divide, documents, list_source, meg
 from cairn.data.encode import Job, Split, check_unit, decide_split, read_held_out, shard_prefix
 from cairn.data.manifest import FORMAT, Manifest, SourceInfo, SplitName, TokenizerInfo, UnitInfo, read_manifest
 from cairn.data.pool import encode_all, say
-from cairn.data.shards import Shard, TokenStream, Window
+from cairn.data.shards import Shard, TokenStream, Window, allow_many_files
 from cairn.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from cairn.data.train_tokenizer import train_on_sample
 from cairn.errors import UserError
@@ -269,4 +269,5 @@ def open_prepared(path: Path) -> Prepared:
     manifest = read_manifest(path)
     if manifest is None:
         raise UserError(f"{path}: no prepared corpus (no manifest.json); run cairn prepare CONFIG")
+    allow_many_files()
     return Prepared(path, manifest)

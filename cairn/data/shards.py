@@ -13,6 +13,7 @@ We write one sequence a document; files of others may hold several, and a column
 import contextlib
 import hashlib
 import os
+import resource
 import socket
 import struct
 from array import array
@@ -128,6 +129,14 @@ def sync(file: IO[bytes]) -> None:
 def index_size(n_sequences: int, n_documents: int) -> int:
     """Bytes of an .idx without modes."""
     return HEADER.size + 12 * n_sequences + 8 * (n_documents + 1)
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files as it may: a memory map keeps its file open, a large corpus has thousands
+    of shards, and the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Shard:

@@ -5,6 +5,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -114,6 +115,18 @@ def test_what_decides_the_content_decides_the_folder(section: DataSection, tmp_p
 
 
 @pytest.mark.slow
+def test_a_corpus_of_more_shards_than_open_files(section: DataSection) -> None:
+    folder = prepare(section, BYTES)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+    try:
+        ((stream, _),) = open_prepared(folder).streams("train")
+        assert len(stream._windows) > 8
+        assert len(stream.read(0, stream.n_tokens)) == stream.n_tokens
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_workers_do_not_change_a_byte(tmp_path: Path, section: DataSection) -> None:
     sections = [section.model_copy(update={"dir": str(tmp_path / f"w{n}"), "workers": n}) for n in (1, 3)]
     one, three = (prepare(section, SentencePieceSection(vocab_size=400)) for section in sections)
