@@ -12,7 +12,11 @@ from cairn.errors import UserError
 
 MAY_DIFFER = (
     "run",
-    "engine",
+    "engine.zero_stage",
+    "engine.offload",
+    "engine.activation_checkpointing",
+    "engine.compile",
+    "engine.deepspeed",
     "track",
     "checkpoint",
     "data.dir",
@@ -41,9 +45,12 @@ class RunFolder:
         """Make the folder, or check that this config may go on in it; config.yaml then holds the given one.
 
         Returns whether the folder held a run already. Only one rank calls this. Raises UserError listing the keys
-        that differ.
+        that differ, or when the folder cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; set run.dir to a folder that can be written") from error
         existed = self.config.exists()
         if existed and (changes := self._changes(config_yaml)):
             raise UserError(

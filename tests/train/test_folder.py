@@ -10,7 +10,7 @@ CONFIG = """
 seed: 1
 optim: {name: adamw, lr: 0.001, betas: [0.9, 0.95]}
 train: {steps: 100, micro_batch_size: 4, global_batch_size: 8}
-engine: {zero_stage: 1}
+engine: {zero_stage: 1, precision: bf16, deepspeed: {}}
 data: {workers: null, seq_len: 64}
 """
 
@@ -40,8 +40,21 @@ def test_topology_may_change_and_is_recorded(tmp_path: Path) -> None:
     RunFolder(tmp_path).create(CONFIG)
     moved = CONFIG.replace("zero_stage: 1", "zero_stage: 3").replace("micro_batch_size: 4", "micro_batch_size: 2")
     moved = moved.replace("workers: null", "workers: 2")
+    moved = moved.replace("deepspeed: {}", "deepspeed: {communication_data_type: bf16}")
     RunFolder(tmp_path).create(moved)
     assert RunFolder(tmp_path).config.read_text() == moved
+
+
+def test_precision_is_what_a_run_computes(tmp_path: Path) -> None:
+    RunFolder(tmp_path).create(CONFIG)
+    with pytest.raises(UserError, match=r"engine\.precision was bf16, now fp16"):
+        RunFolder(tmp_path).create(CONFIG.replace("bf16", "fp16"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/name: .*run\.dir"):
+        RunFolder(tmp_path, "file", "name").create(CONFIG)
 
 
 def test_a_key_that_only_begins_like_a_free_one_may_not_change(tmp_path: Path) -> None:
