@@ -42,14 +42,11 @@ def expected(info: FieldInfo) -> str:
         return "a section with keys below it"
     if kinds:
         return "one of " + ", ".join(name_of(kind) for kind in kinds)
-    signs = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
-    limits = [
-        f"{sign} {_short(getattr(m, key))}" for m in info.metadata for cls, sign, key in signs if isinstance(m, cls)
-    ]
+    limits = _limits(info)
     pattern = [f"matching {m.pattern}" for m in info.metadata if getattr(m, "pattern", None)]
     words = _words(info.annotation)
     first, *rest = words.split(" or ") if limits and words.endswith(" or empty") else [words]
-    return " or ".join([" ".join([first, " and ".join(limits), *pattern]).rstrip().replace("  ", " "), *rest])
+    return " or ".join([" ".join([first, limits, *pattern]).rstrip().replace("  ", " "), *rest])
 
 
 def doc(kind: type[Section], key: str) -> str:
@@ -78,12 +75,19 @@ def _words(annotation: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(arg) for arg in args)
     if origin is tuple:
-        return f"a list of {len(args)} numbers"
+        return f"a list of {len(args)} numbers {_limits(get_args(args[0])[1])}"
     if origin is list:
         return "a list of sections" if nested(annotation) else "a list"
     if origin is dict:
         return "keys and values"
     return " or ".join(_words(arg) for arg in args) if args else str(annotation)
+
+
+def _limits(info: FieldInfo) -> str:
+    signs = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
+    return " and ".join(
+        f"{sign} {_short(getattr(m, key))}" for m in info.metadata for cls, sign, key in signs if isinstance(m, cls)
+    )
 
 
 def _short(limit: Any) -> str:

@@ -5,8 +5,15 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from cairn.config.base import Section
-from cairn.config.data import CausalSection, DataSection, ObjectiveSection, SentencePieceSection, TokenizerSection
-from cairn.config.model import GPTSection, ModelSection
+from cairn.config.data import (
+    CausalSection,
+    DataSection,
+    MaskedSection,
+    ObjectiveSection,
+    SentencePieceSection,
+    TokenizerSection,
+)
+from cairn.config.model import BERTSection, GPTSection, ModelSection
 from cairn.config.recipes import DCGANSection, DigitsSection, ViTSection
 from cairn.config.train import (
     AdamWSection,
@@ -51,6 +58,9 @@ class PretrainConfig(RunConfig):
     def _parts_fit(self) -> Self:
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
+        pairs = isinstance(self.objective, MaskedSection) and self.objective.next_sentence
+        if pairs and isinstance(self.model, BERTSection) and self.model.n_segment < 2:
+            raise ValueError("objective.next_sentence needs model.n_segment of at least 2")
         if self.objective.name != self.model.objective:
             raise ValueError(
                 f"model.name {self.model.name} trains with objective.name {self.model.objective}, "

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from cairn.config.base import Section
 
-Betas = Annotated[tuple[float, float], Field(strict=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
 
 
 class AdamWSection(Section):

@@ -36,6 +36,11 @@ def told(tmp_path, monkeypatch):
         ),
         ("train: {steps: 0}", "x.yaml:1: train.steps: expected an integer >= 1, got 0"),
         ("optim: {lr: fast}", "x.yaml:1: optim.lr: expected a number > 0, got 'fast'"),
+        ("optim: {betas: [0.9, 1]}", "x.yaml:1: optim.betas[1]: expected a list of 2 numbers >= 0 and < 1, got 1"),
+        (
+            "objective: {name: masked}\nmodel: {name: bert, n_segment: 1}",
+            "x.yaml:2: objective.next_sentence needs model.n_segment of at least 2",
+        ),
         ("optim: {lr: .inf}", "x.yaml:1: optim.lr: expected a number > 0, got inf"),
         ("model: {bias: 1}", "x.yaml:1: model.bias: expected true or false, got 1"),
         (
