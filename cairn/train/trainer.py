@@ -10,6 +10,8 @@ Metrics stay on the device until the rows are written, so that the loop never wa
 import resource
 import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from cairn.config.schema import RunConfig
 from cairn.data.batches import Loader
 from cairn.errors import UserError
 from cairn.optim.schedule import schedule
-from cairn.train.checkpoint import Checkpoint, CheckpointStore
+from cairn.train.checkpoint import Checkpoint, CheckpointStore, steps_in
 from cairn.train.engine import Engine
 from cairn.train.folder import RunFolder
 from cairn.train.peak import matmul_peak
@@ -37,6 +39,8 @@ class Outcome:
     """How a call of `train` ended."""
 
     folder: RunFolder
+    first: int
+    """Steps that were done when the call began."""
     step: int
     stopped_by: str | None
     """Name of the signal that ended it early."""
@@ -48,9 +52,10 @@ class Outcome:
         """What a user wants to know at the end, and how to go on."""
         lines = [f"run folder: {self.folder.path}"]
         if self.stopped_by:
-            lines.append(
-                f"stopped by {self.stopped_by} after step {self.step}, checkpoint saved: the same command goes on"
-            )
+            where = f"after step {self.step}, checkpoint saved" if self.step else "before the first step"
+            lines.append(f"stopped by {self.stopped_by} {where}: the same command goes on")
+        elif self.first == self.step:
+            lines.append(f"was finished already, after {self.step} steps: another run.name starts a new run")
         else:
             lines.append(f"finished {self.step} steps ({self.seconds:.0f} s in this call)")
         lines += [f"{name}: {value:.4f}" for name, value in self.metrics.items()]
@@ -71,21 +76,11 @@ class Trainer:
 
     def __init__(self, task: Task, config: RunConfig, cluster: Cluster) -> None:
         self.task, self.config, self.cluster = task, config, cluster
+        # First what may be wrong with them: a run that cannot start leaves no folder, and one that cannot be judged
+        # does not fail at its end.
+        self.loader, self.valid_loader = self._loader("train"), self._loader("valid")
         self.folder = RunFolder(config.run.dir, config.run.name)
-        cluster.on_main(lambda: self.folder.create(dump(config)))
-        self.loader = Loader(
-            task.samples("train"),
-            config.train.global_batch_size,
-            config.train.micro_batch_size,
-            cluster.rank,
-            cluster.world_size,
-        )
-        torch.manual_seed(config.seed)
-        self.engines = {
-            name: Engine(model, config.engine, config.optim, config.train.micro_batch_size, cluster, name)
-            for name, model in task.models().items()
-        }
-        self.lr_factor = schedule(config.schedule, config.train.steps)
+        cluster.on_main(self._open_folder)
         section = config.checkpoint
         self.store = CheckpointStore(
             self.folder.checkpoints,
@@ -95,43 +90,89 @@ class Trainer:
             section.keep_every,
             section.background,
         )
+        self.lr_factor = schedule(config.schedule, config.train.steps)
         self.step = 0
         self.pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.metrics: dict[str, float] = {}
 
     def run(self) -> Outcome:
         """The loop."""
-        config, start = self.config, time.perf_counter()
-        self._restore()
+        config, start = self.config.train, time.perf_counter()
+        checkpoint = self._newest()
+        if checkpoint is not None and checkpoint.step >= config.steps:
+            return self._outcome(checkpoint.step, checkpoint.step, None, start)
+        torch.manual_seed(self.config.seed)
+        models = self.task.models()
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        self.engines = {
+            name: Engine(model, self.config.engine, self.config.optim, config.micro_batch_size, self.cluster, name)
+            for name, model in models.items()
+        }
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.engine = next(iter(self.engines.values()))
+        self.peak = matmul_peak(self.engine.device, self.engine.dtype) * self.cluster.world_size
         tracker = Tracker(
-            self.folder, config.track, config.model_dump(mode="json"), self.cluster.is_main, config.train.steps
+            self.folder, self.config.track, self.config.model_dump(mode="json"), self.cluster.is_main, config.steps
         )
-        with StopSignal(self.cluster) as stop, tracker as self.tracker:
+        with (
+            StopSignal(self.cluster) as stop,
+            tracker as self.tracker,
+            self.store,
+            closing(self.loader),
+            closing(self.valid_loader),
+        ):
+            self._introduce(sizes)
             self.tracker.truncate(self.step)
-            device = next(iter(self.engines.values())).device
-            self.peak = matmul_peak(device, next(iter(self.engines.values())).dtype) * self.cluster.world_size
             self._mark()
             first = self.step
-            while self.step < config.train.steps and not stop.agreed():
+            while self.step < config.steps and not stop.agreed():
                 self._train_step()
-                last = self.step == config.train.steps
-                if self.step % config.train.log_every == 0 or last:
+                last = self.step == config.steps
+                if _due(self.step, config.log_every) or last:
                     self._flush()
-                if _due(self.step, config.train.eval_every) or last:
+                if _due(self.step, config.eval_every) or last:
                     self._evaluate()
-                if _due(self.step, config.checkpoint.every) or last:
+                if _due(self.step, self.config.checkpoint.every) or last:
                     self._save()
-            if stop.name and self.step > first and not self._saved():
+            if stop.name and self.step > first and self.store.last_step != self.step:
                 self._save()
-            self.store.wait()
-            self.loader.close()
-        return Outcome(
-            self.folder,
-            self.step,
-            stop.name if self.step < config.train.steps else None,
-            self.metrics or self.folder.last_evaluation(),
-            time.perf_counter() - start,
+        return self._outcome(first, self.step, stop.name if self.step < config.steps else None, start)
+
+    def _outcome(self, first: int, step: int, stopped_by: str | None, start: float) -> Outcome:
+        metrics = self.metrics or self.folder.last_evaluation()
+        return Outcome(self.folder, first, step, stopped_by, metrics, time.perf_counter() - start)
+
+    def _loader(self, split: str) -> Loader:
+        section, world_size = self.config.train, self.cluster.world_size
+        # evaluation has no global batch: it takes micro-batches until the samples are used up
+        size = section.global_batch_size if split == "train" else section.micro_batch_size * world_size
+        return Loader(self.task.samples(split), size, section.micro_batch_size, self.cluster.rank, world_size)
+
+    def _open_folder(self) -> None:
+        if not self.config.checkpoint.resume and (steps := steps_in(self.folder.checkpoints)):
+            raise UserError(
+                f"checkpoint.resume is false, but {self.folder.path} holds a checkpoint of step {steps[-1]}: "
+                "choose another run.name, or remove that folder"
+            )
+        self.folder.create(dump(self.config))
+
+    def _introduce(self, sizes: dict[str, int]) -> None:
+        """Say what is about to run, and on what."""
+        section, engine = self.config.train, self.config.engine
+        device = self.engine.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        where = f"{self.cluster.world_size} x {name}, {engine.precision}, ZeRO stage {engine.zero_stage}"
+        tokens = section.global_batch_size * self.task.tokens_per_sample
+        for model, size in sizes.items():
+            self.tracker.message(f"{model}: {size:,} parameters on {where}")
+        split = f"{self.cluster.world_size} x {self.loader.grad_accum} x {section.micro_batch_size}"
+        self.tracker.message(
+            f"{section.steps:,} steps of {section.global_batch_size:,} samples ({tokens:,} tokens): "
+            f"ranks x accumulation x micro-batch = {split}"
         )
+        if self.step:
+            self.tracker.message(f"going on from the checkpoint of step {self.step}")
 
     def _train_step(self) -> None:
         batches = self.loader.step(self.step)
@@ -139,7 +180,7 @@ class Trainer:
         factor = self.lr_factor(self.step)
         metrics = self.task.step(self.engines, batches, factor)
         self.step += 1
-        row = {"step": self.step, "lr": factor * next(iter(self.engines.values())).base_lr}
+        row: dict[str, Any] = {"step": self.step, "lr": factor * self.engine.base_lr}
         self.pending.append((row, metrics))
         for name, engine in self.engines.items():
             row["grad_norm" if len(self.engines) == 1 else f"grad_norm/{name}"] = engine.grad_norm
@@ -172,6 +213,7 @@ class Trainer:
         seconds = time.perf_counter() - self.window_start
         samples = steps * self.config.train.global_batch_size
         flops = samples * self.task.flops_per_sample / seconds
+        # the peak of rank 0 since its start
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         else:
@@ -190,16 +232,12 @@ class Trainer:
         self._flush()
         for engine in self.engines.values():
             engine.sync_buffers()
-        loader = Loader(
-            self.task.samples("valid"),
-            self.config.train.micro_batch_size * self.cluster.world_size,
-            self.config.train.micro_batch_size,
-            self.cluster.rank,
-            self.cluster.world_size,
-        )
-        batches = loader.evaluation(self.config.train.micro_batch_size, self.config.train.eval_samples)
+        section = self.config.train
+        batches = self.valid_loader.evaluation(section.micro_batch_size, section.eval_samples)
         self.metrics = {f"valid/{k}": v for k, v in self.task.evaluate(self.engines, batches).items()}
         self.tracker.rows([{"step": self.step, **self.metrics}])
+        values = "  ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        self.tracker.message(f"step {self.step}: {values}")
         self._mark()
 
     def _save(self) -> None:
@@ -218,22 +256,17 @@ class Trainer:
         self.store.save(self.step, tensors, state)
         self._mark()
 
-    def _saved(self) -> bool:
-        return self.store.last_step == self.step
+    def _newest(self) -> Checkpoint | None:
+        """The newest good checkpoint: rank 0 checks it, every rank opens it."""
 
-    def _restore(self) -> None:
-        found: Checkpoint | None = None
-        if self.cluster.is_main:
-            found = self.store.latest()
-        step = self.cluster.on_main(lambda: found.step if found else None)
-        if step is None:
-            return
-        if not self.config.checkpoint.resume:
-            raise UserError(
-                f"checkpoint.resume is false, but {self.folder.path} holds a checkpoint of step {step}: "
-                "choose another run.name, or remove that folder"
-            )
-        checkpoint = found or self.store.open(step)
+        def step_of_latest() -> int | None:
+            checkpoint = self.store.latest()
+            return checkpoint.step if checkpoint else None
+
+        step = self.cluster.on_main(step_of_latest)
+        return None if step is None else self.store.open(step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         for key, value in self.task.identity().items():
             saved = checkpoint.state["identity"].get(key)
             if saved is not None and saved != value:  # an imported run has met no corpus yet
@@ -242,10 +275,9 @@ class Trainer:
                     f"({value[:12]} now, {str(saved)[:12]} then): restore it, or choose another run.name"
                 )
         for name, engine in self.engines.items():
-            prefix = f"{name}/"
-            engine.load(lambda key, prefix=prefix: checkpoint.read(prefix + key))
+            engine.load(_of(name, checkpoint))
             engine.load_scalars(checkpoint.state["engines"][name])
-        self.step = int(checkpoint.state["step"])
+        self.step = checkpoint.step
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -255,6 +287,10 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
     return (x ^ (x >> 31)) >> 1
+
+
+def _of(name: str, checkpoint: Checkpoint) -> Callable[[str], Tensor | None]:
+    return lambda key: checkpoint.read(f"{name}/{key}")
 
 
 def _due(step: int, every: int) -> bool:
