@@ -95,7 +95,7 @@ class TrainSection(Section):
     eval_every: int = Field(0, ge=0)
     """Steps between two evaluations; 0: at the end only."""
     eval_samples: int | None = Field(None, ge=1)
-    """Held-out samples of an evaluation; empty: all."""
+    """Held-out samples of an evaluation, spread evenly over them; empty: all."""
 
 
 class CheckpointSection(Section):

@@ -93,18 +93,21 @@ class Loader:
         return self._wait(self._queue.popleft()[1])
 
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """This rank's share of samples [0, limit), each of them on one rank once; the last batch is short.
+        """This rank's share of the samples, each of them on one rank once; the last batch is short.
 
-        Every rank gets the same number of batches, since a forward pass may be collective: where a rank has no sample
-        left, it gets `blank` of sample 0.
+        `limit` takes that many, spread evenly: the first ones would be of the first few documents. Every rank gets the
+        same number of batches, since a forward pass may be collective: where a rank has no sample left, it gets `blank` of sample 0.
         """
-        count = len(self.samples) if limit is None else min(limit, len(self.samples))
+        total = len(self.samples)
+        count = total if limit is None else min(limit, total)
         stride = batch_size * self.world_size
-        jobs = []
-        for start in range(0, count, stride):
-            share = range(start + self.rank, min(start + stride, count), self.world_size)
-            jobs.append(partial(self._build, share) if share else lambda: blank(self._build([0])))
-        return self._evaluate(jobs)
+        shares = (
+            [i * total // count for i in range(start + self.rank, min(start + stride, count), self.world_size)]
+            for start in range(0, count, stride)
+        )
+        return self._evaluate(
+            partial(self._build, share) if share else lambda: blank(self._build([0])) for share in shares
+        )
 
     def close(self) -> None:
         """Stop building ahead."""

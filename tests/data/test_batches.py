@@ -73,9 +73,20 @@ def test_an_error_reaches_the_caller_at_its_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "limit", "world"), [(10, None, 1), (10, None, 4), (9, None, 2), (3, None, 4), (10, 5, 2)]
+    ("n", "limit", "world", "expected"),
+    [
+        (10, None, 1, [*range(10)]),
+        (10, None, 4, [*range(10)]),
+        (9, None, 2, [*range(9)]),
+        (3, None, 4, [*range(3)]),
+        (3, 8, 1, [*range(3)]),
+        (10, 5, 2, [0, 2, 4, 6, 8]),
+        (10, 4, 1, [0, 2, 5, 7]),
+    ],
 )
-def test_evaluation_takes_each_sample_once_and_keeps_ranks_aligned(n: int, limit: int | None, world: int) -> None:
+def test_evaluation_takes_each_sample_once_and_keeps_ranks_aligned(
+    n: int, limit: int | None, world: int, expected: list[int]
+) -> None:
     seen: list[int] = []
     counts = set()
     for rank in range(world):
@@ -85,7 +96,7 @@ def test_evaluation_takes_each_sample_once_and_keeps_ranks_aligned(n: int, limit
             real = batch["labels"][:, 0] != IGNORE
             assert torch.equal(real, batch["next_sentence_label"] != IGNORE)
             seen += batch["input_ids"][real, 0].tolist()
-    assert sorted(seen) == list(range(min(n, limit or n)))
+    assert sorted(seen) == expected
     assert len(counts) == 1
 
 
