@@ -36,12 +36,13 @@ def main() -> None:
     args = parser().parse_args()
 
     from cairn.cluster import Cluster
-    from cairn.decode.generate import stream_text
+    from cairn.decode.generate import decoder_of, stream_text
     from cairn.decode.sample import Sampling, generators
     from cairn.train.run import load_model
 
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     run = load_model(args.run, Cluster.from_env().device)
+    decoder_of(run)  # an error is told before the prompt is written
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     for i, row in enumerate(generators(args.seed, args.samples)):
         if i:

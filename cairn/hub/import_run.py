@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from cairn.config.data import CausalSection, MaskedSection, TokenizerFileSection
@@ -35,6 +36,10 @@ def import_run(folder: Path, run: Path, overrides: Sequence[str] = ()) -> list[s
     """
     if run.exists():
         raise UserError(f"{run} exists already: give a new run folder")
+    try:
+        RunSection(name=run.name)
+    except ValidationError as error:
+        raise UserError(f"{run}: a run's name is made of letters, digits and . _ - only: give another RUN") from error
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cairn.cluster import Cluster
@@ -78,8 +79,12 @@ class Engine:
         self._optimizer.param_groups[:] = [group for group in self._optimizer.param_groups if group["params"]]
         groups = [[(names[id(p)], p) for p in group["params"]] for group in self._optimizer.param_groups]
         gc.freeze()  # it collects garbage a dozen times, seconds in all, and prints memory use
-        with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
+        try:
+            with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+                self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise UserError(f"engine.deepspeed: {error.title} has {wrong}") from error
         gc.unfreeze()
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)

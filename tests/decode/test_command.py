@@ -6,9 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from cairn.config.data import MaskedSection
+from cairn.config.model import BERTSection
+from cairn.config.schema import PretrainConfig
+from cairn.decode.__main__ import main
+from cairn.errors import UserError
+from cairn.train.run import LoadedRun
+
 
 def started(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+
+
+def test_a_refusal_comes_before_the_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bert = PretrainConfig(model=BERTSection(), objective=MaskedSection())
+    monkeypatch.setattr("cairn.train.run.load_model", lambda *_: LoadedRun(bert, None, None, 0))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "argv", ["generate", "RUN", "--prompt", "once"])
+    with pytest.raises(UserError, match="cannot generate"):
+        main()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

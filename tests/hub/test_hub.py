@@ -154,6 +154,12 @@ def test_export_removes_what_does_not_compute_the_same(tmp_path: Path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_import_refuses_a_name_that_no_run_can_have(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a b: a run's name"):
+        import_run(tmp_path, tmp_path / "a b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_import_refuses_what_it_cannot_represent(tmp_path: Path) -> None:
     out, run = tmp_path / "out", tmp_path / "back"
     with pytest.raises(UserError, match=r"config\.json"):

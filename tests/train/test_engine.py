@@ -171,6 +171,11 @@ def test_activation_checkpointing_needs_blocks() -> None:
         build(1, activation_checkpointing=True)
 
 
+def test_json_that_deepspeed_refuses_is_named() -> None:
+    with pytest.raises(UserError, match=r"engine\.deepspeed: DeepSpeedZeroConfig has stge: Extra"):
+        build(1, deepspeed={"zero_optimization": {"stge": 1}})
+
+
 def test_a_precision_the_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.accelerator import get_accelerator
 
