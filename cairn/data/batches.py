@@ -96,7 +96,8 @@ class Loader:
         """This rank's share of the samples, each of them on one rank once; the last batch is short.
 
         `limit` takes that many, spread evenly: the first ones would be of the first few documents. Every rank gets the
-        same number of batches, since a forward pass may be collective: where a rank has no sample left, it gets `blank` of sample 0.
+        same number of batches, since a forward pass may be collective: where a rank has no sample left, it gets `blank`
+        of sample 0.
         """
         total = len(self.samples)
         count = total if limit is None else min(limit, total)
