@@ -20,6 +20,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, Tensor | None, float
     "flex": flex,
     "blocked": blocked,
 }
+FLEX_HEAD_DIM = 16  # the narrowest head its compiled kernel takes
 PROBS_BYTES = 256 * 2**20  # probabilities of one layer that `auto` lets the blocked backend keep
 
 
@@ -49,6 +50,8 @@ def obstacle(backend: Backend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
     on_cpu = q.device.type == "cpu"
     if backend == "flex" and dropout:
         return "FlexAttention has no dropout, and model.attention_dropout is above 0"
+    if backend == "flex" and not on_cpu and q.shape[3] < FLEX_HEAD_DIM:
+        return f"FlexAttention's kernel needs heads of {FLEX_HEAD_DIM} or wider, and these are {q.shape[3]}"
     if backend == "flex" and on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "FlexAttention has no backward pass on a CPU"
     if backend == "blocked" and not on_cpu:
@@ -62,7 +65,7 @@ def choose(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> str:
     if q.device.type == "cuda":
         # Fused kernels know no window and no documents, and would read a dense mask; FlexAttention skips whole blocks.
         sparse = mask.window is not None or mask.document_ids is not None
-        return "flex" if sparse and t == s and not dropout else "sdpa"
+        return "flex" if sparse and t == s and not dropout and q.shape[3] >= FLEX_HEAD_DIM else "sdpa"
     if q.device.type == "cpu" and t > 1 and b * h * t * s * q.element_size() <= PROBS_BYTES:
         return "blocked"
     return "sdpa"

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cairn.errors import UserError
 from cairn.ops.attention import attention, choose
@@ -149,3 +150,20 @@ def test_auto_keeps_memory_linear_for_long_sequences() -> None:
     long = torch.empty(8, 16, 4096, 1)
     assert choose(long, long, Mask(causal=True), 0.0) == "sdpa"
     assert choose(long[:, :, :256], long[:, :, :256], Mask(causal=True), 0.0) == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("width", "mask", "dropout", "backend"),
+    [
+        (64, Mask(causal=True), 0.0, "sdpa"),
+        (64, Mask(causal=True, window=8), 0.0, "flex"),
+        (64, Mask(causal=True, window=8), 0.1, "sdpa"),
+        (8, Mask(causal=True, window=8), 0.0, "sdpa"),  # too narrow for the kernel
+    ],
+)
+def test_what_auto_takes_on_a_gpu(width: int, mask: Mask, dropout: float, backend: str) -> None:
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 32, width, device="cuda")
+        assert choose(q, q, mask, dropout) == backend
+        with pytest.raises(UserError, match="heads of 16 or wider"):
+            attention(q[..., :8], q[..., :8], q[..., :8], Mask(), backend="flex")
