@@ -142,6 +142,27 @@ class Cluster:
             raise QuietError(str(said[1]))
         return cast(T, said[0])
 
+    def on_all(self, fn: Callable[[], T]) -> T:
+        """COLLECTIVE: run `fn`, itself not collective, on every rank. A UserError of one is raised on all of them, so
+        that none waits for it, and to be told once: by the first rank it befell."""
+        if self.world_size == 1:
+            return fn()
+        import torch.distributed as dist
+
+        error: UserError | None = None
+        try:
+            result = fn()
+        except UserError as caught:
+            error = caught
+        said: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(said, None if error is None else str(error))
+        failed = [rank for rank, text in enumerate(said) if text is not None]
+        if not failed:
+            return result
+        if error is not None and failed[0] == self.rank:
+            raise error
+        raise QuietError(str(said[failed[0]]))
+
 
 def _from_torchrun(env: Env) -> Cluster:
     rank, world = _integer(env, "RANK"), _integer(env, "WORLD_SIZE", minimum=1)

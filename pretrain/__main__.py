@@ -18,9 +18,9 @@ def main() -> None:
     cluster = Cluster.from_env()
     with cluster.init():
         folder = cluster.on_main(lambda: prepare(config.data, config.tokenizer))
-        prepared = open_prepared(folder)
-        trainer = Trainer(LanguageModel(config, prepared), config, cluster)
-        cluster.on_main(lambda: trainer.folder.keep_tokenizer(prepared.tokenizer.save))
+        task = cluster.on_all(lambda: LanguageModel(config, open_prepared(folder)))
+        trainer = Trainer(task, config, cluster)
+        cluster.on_main(lambda: trainer.folder.keep_tokenizer(task.prepared.tokenizer.save))
         outcome = trainer.run()
         if cluster.is_main:
             print(outcome.summary())

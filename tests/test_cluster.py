@@ -149,6 +149,9 @@ with c.init():
     try: c.on_main(fail)
     except UserError as e: error = f"{type(e).__name__} {e}"
     print(c.rank, x.item(), said, error, flush=True)
+    print(c.on_all(lambda: c.rank + 5), flush=True)
+    try: c.on_all(lambda: fail() if c.rank == c.world_size - 1 else None)
+    except UserError as e: print(f"{type(e).__name__} {e}", flush=True)
 """
 
 
@@ -162,7 +165,7 @@ def _run(script: Path, env: dict[str, str]) -> subprocess.Popen[str]:
 def test_init_alone(tmp_path):
     (tmp_path / "job.py").write_text(JOB)
     out, err = _run(tmp_path / "job.py", {}).communicate(timeout=60)
-    assert out == "0 1.0 from 0 UserError no corpus\n", err
+    assert out == "0 1.0 from 0 UserError no corpus\n5\nUserError no corpus\n", err
 
 
 def test_init_under_srun_variables(tmp_path, free_port):
@@ -173,5 +176,5 @@ def test_init_under_srun_variables(tmp_path, free_port):
         for rank in "01"
     ]
     outs = [r.communicate(timeout=120) for r in ranks]
-    assert outs[0][0] == "0 3.0 from 0 UserError no corpus\n", outs[0][1]
-    assert outs[1][0] == "1 3.0 from 0 QuietError no corpus\n", outs[1][1]
+    assert outs[0][0] == "0 3.0 from 0 UserError no corpus\n5\nQuietError no corpus\n", outs[0][1]
+    assert outs[1][0] == "1 3.0 from 0 QuietError no corpus\n6\nUserError no corpus\n", outs[1][1]

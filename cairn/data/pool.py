@@ -41,7 +41,10 @@ def encode_all(jobs: Sequence[Job], workers: int | None) -> list[UnitInfo]:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
+            # A worker inherits this mask, and is deaf to Ctrl-C until it can go without a traceback.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             futures: dict[Future[UnitInfo], Job] = {pool.submit(encode_unit, job): job for job in jobs}
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for future in as_completed(futures):
                 future.result()
                 advance(futures[future].size)
@@ -69,6 +72,7 @@ def _encode_here(job: Job, advance: Advance) -> UnitInfo:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: go at once, without a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_follow_parent, daemon=True).start()
 

@@ -172,6 +172,8 @@ def describe(fields: Row, seconds_left: float | None) -> str:
     parts = []
     if "loss" in fields:
         parts.append(f"loss {fields['loss']:.4f}")
+    if "valid/loss" in fields:
+        parts.append(f"valid {fields['valid/loss']:.4f}")
     if (rate := fields.get("tokens_per_s")) is not None:
         parts.append(f"{rate:,.0f} tok/s" if rate < 10_000 else f"{rate / 1000:,.1f}k tok/s")
     if (mfu := fields.get("mfu")) is not None:

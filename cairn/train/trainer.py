@@ -78,7 +78,7 @@ class Trainer:
         self.task, self.config, self.cluster = task, config, cluster
         # First what may be wrong with them: a run that cannot start leaves no folder, and one that cannot be judged
         # does not fail at its end.
-        self.loader, self.valid_loader = self._loader("train"), self._loader("valid")
+        self.loader, self.valid_loader = cluster.on_all(lambda: (self._loader("train"), self._loader("valid")))
         self.folder = RunFolder(config.run.dir, config.run.name)
         cluster.on_main(self._open_folder)
         section = config.checkpoint
@@ -131,6 +131,7 @@ class Trainer:
                 last = self.step == config.steps
                 if _due(self.step, config.log_every) or last:
                     self._flush()
+                self.tracker.progress(self.step, {})
                 if _due(self.step, config.eval_every) or last:
                     self._evaluate()
                 if _due(self.step, self.config.checkpoint.every) or last:
@@ -184,7 +185,6 @@ class Trainer:
         self.pending.append((row, metrics))
         for name, engine in self.engines.items():
             row["grad_norm" if len(self.engines) == 1 else f"grad_norm/{name}"] = engine.grad_norm
-        self.tracker.progress(self.step, {})
 
     def _flush(self) -> None:
         """Turn pending metrics into rows: one reduction over ranks and one wait for the device for all of them."""
@@ -264,7 +264,7 @@ class Trainer:
             return checkpoint.step if checkpoint else None
 
         step = self.cluster.on_main(step_of_latest)
-        return None if step is None else self.store.open(step)
+        return None if step is None else self.cluster.on_all(lambda: self.store.open(step))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         for key, value in self.task.identity().items():

@@ -1,5 +1,6 @@
 """Start `python -m pretrain` many times at little cost: each is a fork of a server that has imported torch already."""
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -135,11 +136,12 @@ def _child(module: str, argv: list[str], env: dict[str, str], log: Path, rank: i
 
 @dataclass(frozen=True)
 class Mishap:
-    """Send this process a signal when it begins its `at`-th call of a method of the task, 1 being the first."""
+    """Send this process a signal when it begins its `at`-th call of a method, of the task as a rule, from 1 on."""
 
     number: signal.Signals
     at: int
     method: str = "step"
+    owner: str = "pretrain.task:LanguageModel"
     rank: int | None = None
     """The rank it befalls; None: every one."""
     checkpoint: Path | None = None
@@ -149,9 +151,9 @@ class Mishap:
     def __call__(self, rank: int) -> None:
         if self.rank not in (None, rank):
             return
-        from pretrain.task import LanguageModel
-
-        method, calls = getattr(LanguageModel, self.method), []
+        module, _, name = self.owner.partition(":")
+        owner = getattr(importlib.import_module(module), name)
+        method, calls = getattr(owner, self.method), []
 
         def struck(*args: Any, **kwargs: Any) -> Any:
             calls.append(None)
@@ -162,7 +164,7 @@ class Mishap:
                     os.kill(os.getpid(), self.number)
             return method(*args, **kwargs)
 
-        setattr(LanguageModel, self.method, struck)
+        setattr(owner, self.method, struck)
 
 
 def rows(folder: RunFolder) -> list[dict[str, Any]]:

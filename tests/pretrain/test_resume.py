@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_kill_while_a_checkpoint_is_written(place: Place, straight: RunFolder) -
     assert not list(folder.checkpoints.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_saves_and_the_same_command_goes_on(
     place: Place, straight: RunFolder, number: signal.Signals
 ) -> None:
@@ -94,7 +95,17 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_only_steps(place: Place, straigh
     same(straight, folder)
 
 
-def test_a_signal_before_the_first_step_saves_nothing(place: Place) -> None:
+def test_ctrl_c_while_the_corpus_is_prepared(place: Place, straight: RunFolder, tmp_path: Path) -> None:
+    argv = (place.gpt, "preparing", BF16, f"data.dir={tmp_path}")
+    hit = Mishap(signal.SIGINT, 1, "write", "cairn.data.manifest:Manifest")
+    assert place.run(*argv, before=hit, code=130).text == ""
+    assert not list(tmp_path.glob("*/manifest.json"))
+    assert not place.folder("preparing").path.exists()
+    place.run(*argv)
+    same(straight, place.folder("preparing"))
+
+
+def test_a_stop_signal_in_the_first_step(place: Place) -> None:
     folder = place.folder("early")
     said = place.run(place.gpt, "early", BF16, before=Mishap(signal.SIGTERM, 1)).text
     assert "stopped by SIGTERM after step 1, checkpoint saved" in said
