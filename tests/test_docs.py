@@ -14,6 +14,7 @@ import pytest
 
 from cairn.config.load import load
 from cairn.errors import UserError
+from cairn.train.folder import MAY_DIFFER
 from launch.cli import VERBS, split
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +167,12 @@ def test_functions_that_the_walk_names_exist() -> None:
             found = [node for node in inside if getattr(node, "name", None) == part]
             assert found, f"{file} has no {name}"
             inside = found[0].body
+
+
+def test_keys_that_may_change_on_resume_are_those_told() -> None:
+    table = PAGES["docs/configuration.md"].read_text("utf-8").split("| may differ |")[1].split("\n\n")[0]
+    left = [row.split("|")[1] for row in table.splitlines()[1:]]
+    assert sorted(re.findall(r"`([\w.]+)`", " ".join(left))) == sorted(MAY_DIFFER)
 
 
 def run(root: Path, *words: str) -> str:
