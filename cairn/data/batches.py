@@ -39,9 +39,13 @@ def collate(items: Sequence[Item]) -> Batch:
     return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
 
 
-def blank(batch: Batch) -> Batch:
-    """The batch without its targets: it weighs nothing and keeps collectives aligned."""
-    return {k: torch.full_like(v, IGNORE) if k.endswith(("label", "labels")) else v for k, v in batch.items()}
+def blank(batch: Batch, start: int = 0) -> Batch:
+    """The batch without the targets of the samples from `start` on, which weigh nothing then."""
+    out = dict(batch)
+    for key in (key for key in batch if key.endswith(("label", "labels"))):
+        out[key] = batch[key].clone()
+        out[key][start:] = IGNORE
+    return out
 
 
 class Loader:
@@ -93,11 +97,11 @@ class Loader:
         return self._wait(self._queue.popleft()[1])
 
     def evaluation(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """This rank's share of the samples, each of them on one rank once; the last batch is short.
+        """This rank's share of the samples, each of them on one rank once, in batches of one size.
 
         `limit` takes that many, spread evenly: the first ones would be of the first few documents. Every rank gets the
-        same number of batches, since a forward pass may be collective: where a rank has no sample left, it gets `blank`
-        of sample 0.
+        same number of batches, since a forward pass may be collective, and all have one shape, as a compiled model
+        would be compiled again for another: what is lacking at the end is filled with `blank` samples.
         """
         total = len(self.samples)
         count = total if limit is None else min(limit, total)
@@ -106,9 +110,7 @@ class Loader:
             [i * total // count for i in range(start + self.rank, min(start + stride, count), self.world_size)]
             for start in range(0, count, stride)
         )
-        return self._evaluate(
-            partial(self._build, share) if share else lambda: blank(self._build([0])) for share in shares
-        )
+        return self._evaluate(partial(self._build, share, batch_size) for share in shares)
 
     def close(self) -> None:
         """Stop building ahead."""
@@ -134,8 +136,11 @@ class Loader:
     def _build_step(self, s: int) -> list[Batch]:
         size = self.micro_batch_size
         starts = (s * self.global_batch_size + (m * self.world_size + self.rank) * size for m in range(self.grad_accum))
-        return [self._build(range(start, start + size)) for start in starts]
+        return [self._build(range(start, start + size), size) for start in starts]
 
-    def _build(self, numbers: Iterable[int]) -> Batch:
-        batch = collate([self.samples.item(k) for k in numbers])
+    def _build(self, numbers: Sequence[int], size: int) -> Batch:
+        items = [self.samples.item(k) for k in numbers or [0]]
+        batch = collate(items + items[:1] * (size - len(items)))
+        if len(numbers) < size:
+            batch = blank(batch, len(numbers))
         return {key: value.pin_memory() for key, value in batch.items()} if self._pin else batch

@@ -93,6 +93,7 @@ def test_evaluation_takes_each_sample_once_and_keeps_ranks_aligned(
         batches = list(Loader(Numbers(n), world, 1, rank, world).evaluation(2, limit))
         counts.add(len(batches))
         for batch in batches:
+            assert {len(value) for value in batch.values()} == {2}, "a compiled model sees one shape"
             real = batch["labels"][:, 0] != IGNORE
             assert torch.equal(real, batch["next_sentence_label"] != IGNORE)
             seen += batch["input_ids"][real, 0].tolist()
