@@ -57,11 +57,15 @@ class BERT(Transformer):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        target_positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """All (B, T) but next_sentence_label (B,). attention_mask: 1 = real token; labels: -100 = ignore.
+        """All (B, T) but next_sentence_label (B,) and target_positions (B, K). attention_mask: 1 = real token; labels:
+        -100 = ignore.
 
         Without labels {"logits": (B, T, V), "next_sentence_logits": (B, 2)}; with labels the fp32 sums {"masked"} and,
-        given next_sentence_label, {"next_sentence"}. The masked head runs at the targets only.
+        given next_sentence_label, {"next_sentence"}. The masked head runs at the targets only: at target_positions,
+        which hold each target once and any positions that are none, or else wherever labels has one. To count those
+        waits for the device, and torch.compile does not like it.
         """
         padding = None if attention_mask is None else attention_mask.bool()
         hidden = self.hidden(input_ids, segment_ids, key_padding=padding)
@@ -71,8 +75,13 @@ class BERT(Transformer):
                 "logits": self.masked_head(hidden, vocabulary),
                 "next_sentence_logits": self.next_sentence_head(self.pooler(hidden)),
             }
-        target = labels != IGNORE
-        sums = {"masked": self.masked_head(hidden[target], vocabulary, labels[target])}
+        if target_positions is None:
+            target = labels != IGNORE
+            at, wanted = hidden[target], labels[target]
+        else:
+            at = hidden.gather(1, target_positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, D)
+            wanted = labels.gather(1, target_positions)
+        sums = {"masked": self.masked_head(at, vocabulary, wanted)}
         if next_sentence_label is not None:
             scores = self.next_sentence_head(self.pooler(hidden)).float()
             sums["next_sentence"] = F.cross_entropy(scores, next_sentence_label, reduction="sum")

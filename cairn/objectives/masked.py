@@ -63,6 +63,7 @@ class Masked:
             attention_mask=batch["attention_mask"],
             labels=batch["labels"],
             next_sentence_label=batch.get("next_sentence_label"),
+            target_positions=batch["target_positions"],
         )
         return sums
 
@@ -78,6 +79,10 @@ class Masker:
         self.ordinary = np.flatnonzero(~self.special)
         self.word_starts = tokenizer.word_starts() if section.whole_word else None
 
+    def count(self, n: int) -> int:
+        """How many of n tokens to choose."""
+        return max(1, round(self.prob * n))
+
     def __call__(
         self, tokens: NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -90,7 +95,7 @@ class Masker:
         labels = np.full(len(tokens), IGNORE, dtype=np.int64)
         if not len(candidates):
             return tokens, labels
-        count = max(1, round(self.prob * len(candidates)))
+        count = self.count(len(candidates))
         if self.word_starts is None:
             chosen = rng.permutation(candidates)[:count]
         else:
@@ -119,7 +124,11 @@ class Masker:
 
 
 class MaskedSamples:
-    """Sample k: input_ids, segment_ids, attention_mask (1 = real), labels (T,), with pairs next_sentence_label ().
+    """Sample k: input_ids, segment_ids, attention_mask (1 = real), labels (T,), target_positions (K,), with pairs
+    next_sentence_label ().
+
+    K is the most targets that a sample has, so that the head's work has one shape, known without asking the device;
+    where there are fewer, position 0 fills up: [CLS], never a target.
 
     Pairs: [CLS] A [SEP] B [SEP]. The window of k falls into a document, and is moved to lie within it; A and B are
     cut from there one after the other (label 0), or B, half of the time, from a random place in another document of
@@ -137,6 +146,7 @@ class MaskedSamples:
         self.pairs, self.short_prob = objective.section.next_sentence, objective.section.short_prob
         self.cls_id, self.sep_id, self.eos_id = tokenizer.cls_id, tokenizer.sep_id, tokenizer.eos_id
         self.pad_id = tokenizer.pad_id or 0
+        self.most = self.masker.count(windows.stride)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -159,12 +169,17 @@ class MaskedSamples:
             tokens[tokens == self.eos_id] = self.sep_id
         hidden, labels = self.masker(tokens, rng)
         real = len(tokens)
+        places = np.flatnonzero(labels != IGNORE)
+        labels[places[self.most :]] = IGNORE  # of a word that is longer than all a sequence may have
+        places = places[: self.most]
         out = {
             "input_ids": np.full(self.seq_len, self.pad_id, dtype=np.int64),
             "segment_ids": np.zeros(self.seq_len, dtype=np.int64),
             "attention_mask": np.zeros(self.seq_len, dtype=np.int64),
             "labels": np.full(self.seq_len, IGNORE, dtype=np.int64),
+            "target_positions": np.zeros(self.most, dtype=np.int64),
         }
+        out["target_positions"][: len(places)] = places
         out["input_ids"][:real], out["labels"][:real], out["attention_mask"][:real] = hidden, labels, 1
         if self.pairs:
             out["segment_ids"][len(a) + 2 : real] = 1

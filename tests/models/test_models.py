@@ -149,3 +149,18 @@ def test_flops_are_those_counted_by_hand() -> None:
     narrow = GPTSection(**SMALL, vocab_size=256, sliding_window=4)
     assert flops_per_token(narrow, 200, 40) == 6 * matrices + 12 * 2 * 32 * (1 + 2 + 3 + 37 * 4) / 40
     assert count_parameters(section, 200) == sum(p.numel() for p in build_model(section, 200).parameters())
+
+
+def test_bert_at_given_positions_is_bert_at_its_labels() -> None:
+    torch.manual_seed(0)
+    model = build_model(BERTSection(**SMALL, init_std=0.3), 200).eval()
+    labels = torch.full((2, 20), -100)
+    labels[0, [3, 7]] = labels[1, 5] = 11
+    results = []
+    for given in (None, torch.tensor([[3, 7, 0], [0, 5, 0]])):
+        model.zero_grad()
+        (loss,) = model(ids(2, 20), labels=labels, target_positions=given).values()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 20
+    torch.testing.assert_close(*results)

@@ -199,6 +199,23 @@ def test_whole_words(tmp_path: Path) -> None:
     assert total / 200 > 0.12
 
 
+@pytest.mark.parametrize("section", [{}, {"next_sentence": False}, {"whole_word": True}])
+def test_target_positions_hold_every_target_once_in_one_shape(tmp_path: Path, section: dict[str, bool]) -> None:
+    samples = make(tmp_path, random_documents(LENGTHS), **section)
+    for k in range(200):
+        item = samples.item(k)
+        positions = item["target_positions"]
+        assert positions.shape == (9,), "15 % of 61 or 62"
+        assert positions[positions > 0].tolist() == np.flatnonzero(item["labels"] != IGNORE).tolist()
+    assert item["labels"][0] == IGNORE, "what fills up is no target"
+
+
+def test_a_word_longer_than_all_targets_is_asked_for_in_part(tmp_path: Path) -> None:
+    inside = int(np.flatnonzero(~Words().word_starts())[-1])
+    item = make(tmp_path, [[inside] * 500], next_sentence=False, whole_word=True, short_prob=0.0).item(0)
+    assert np.flatnonzero(item["labels"] != IGNORE).tolist() == item["target_positions"].tolist() == [*range(1, 10)]
+
+
 def test_a_tokenizer_without_the_tokens_is_named() -> None:
     with pytest.raises(UserError, match=r"\[MASK\], \[SEP\].*Words.*tokenizer.path"):
         Masked(MaskedSection(), Words(mask_id=None, sep_id=None))
@@ -217,7 +234,7 @@ def test_weights_and_sums_per_term(tmp_path: Path) -> None:
     assert objective.weights(blank(batch)) == {"masked": 0.0, "next_sentence": 0.0}
 
     def model(input_ids: Tensor, **given: Tensor) -> dict[str, Tensor]:
-        assert set(given) == {"segment_ids", "attention_mask", "labels", "next_sentence_label"}
+        assert set(given) == {"segment_ids", "attention_mask", "labels", "next_sentence_label", "target_positions"}
         return {"masked": torch.tensor(1.0), "next_sentence": torch.tensor(2.0)}
 
     assert set(objective.loss_sums(model, batch)) == set(objective.weights(batch))
