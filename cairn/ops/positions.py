@@ -43,12 +43,13 @@ def t5_buckets(distance: Tensor, causal: bool, n_buckets: int = 32, max_distance
     return bucket + torch.where(gap < exact, gap, far)
 
 
-def alibi_slopes(n_head: int) -> Tensor:
+def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
     """Slope of each head (arXiv 2108.12409): powers of 2^(-8/n); other counts interleave the next power's: (H,)."""
     power = 2 ** math.floor(math.log2(n_head))
-    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    between = [2.0 ** (-4.0 * (i + 1) / power) for i in range(0, 2 * power, 2)]
-    return torch.tensor(slopes + between[: n_head - power])
+    # Counted on the device: a copy from the host would wait for it in every forward pass.
+    slopes = torch.exp2(torch.arange(1, power + 1, device=device) * (-8.0 / power))
+    between = torch.exp2(torch.arange(1, 2 * power, 2, device=device) * (-4.0 / power))
+    return torch.cat([slopes, between[: n_head - power]])
 
 
 def alibi_bias(distance: Tensor, n_head: int) -> Tensor:
@@ -56,5 +57,5 @@ def alibi_bias(distance: Tensor, n_head: int) -> Tensor:
 
     To the right the heads' slopes come in reverse order: a symmetric penalty could not tell left from right.
     """
-    left = alibi_slopes(n_head).to(distance.device)[:, None, None]
+    left = alibi_slopes(n_head, distance.device)[:, None, None]
     return -(torch.where(distance > 0, left.flip(0), left) * distance.abs())[None]
