@@ -61,6 +61,8 @@ class PretrainConfig(RunConfig):
         pairs = isinstance(self.objective, MaskedSection) and self.objective.next_sentence
         if pairs and isinstance(self.model, BERTSection) and self.model.n_segment < 2:
             raise ValueError("objective.next_sentence needs model.n_segment of at least 2")
+        if self.data.document_mask and isinstance(self.objective, MaskedSection):
+            raise ValueError("data.document_mask is for objective.name causal, not masked")
         if self.objective.name != self.model.objective:
             raise ValueError(
                 f"model.name {self.model.name} trains with objective.name {self.model.objective}, "

@@ -41,6 +41,10 @@ def told(tmp_path, monkeypatch):
             "objective: {name: masked}\nmodel: {name: bert, n_segment: 1}",
             "x.yaml:2: objective.next_sentence needs model.n_segment of at least 2",
         ),
+        (
+            "objective: {name: masked}\nmodel: {name: bert}\ndata: {document_mask: true}",
+            "x.yaml:3, x.yaml:1: data.document_mask is for objective.name causal, not masked",
+        ),
         ("optim: {lr: .inf}", "x.yaml:1: optim.lr: expected a number > 0, got inf"),
         ("model: {bias: 1}", "x.yaml:1: model.bias: expected true or false, got 1"),
         (
