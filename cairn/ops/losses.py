@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-PRODUCT_BYTES = 128 * 2**20  # logits kept at once
-CACHE_BYTES = 2**20  # fp32 logits in flight: about a core's second-level cache
+PRODUCT_BYTES = 128 * 2**20  # logits kept at once on a CPU
+CACHE_BYTES = 2**20  # fp32 logits in flight there: about a core's second-level cache
+WHOLE_LOGITS = 2**28  # elsewhere: the most logits that exist at once; in fp32 they are 1 GiB
+CHUNK_LOGITS = 2**27  # and those of a chunk where there are more
 
 
 def cross_entropy_sum(
@@ -17,9 +19,11 @@ def cross_entropy_sum(
     """Sum of -log softmax(hidden weight^T + bias)[label] over labels that are not -100, an fp32 scalar.
 
     hidden (..., D), weight (V, D), labels (...). `softcap` c maps logits to c tanh(logits / c) first.
+
+    On a GPU all logits are kept where they are few, which compiles and fuses well; else they are made in chunks.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if hidden.device.type == "cpu":
+    if hidden.device.type == "cpu" or hidden.shape[0] * weight.shape[0] > WHOLE_LOGITS:
         total: Tensor = _CrossEntropySum.apply(hidden, weight, labels, bias, softcap, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return total
     logits = logits_of(hidden, weight, bias, softcap)
@@ -32,9 +36,18 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softca
     return logits if softcap is None else (logits.float() / softcap).tanh().mul(softcap).to(logits.dtype)
 
 
+def chunks(hidden: Tensor, vocab: int) -> tuple[int, int]:
+    """Rows whose logits are made at once, and rows of those that are in fp32 at once."""
+    if hidden.device.type == "cpu":
+        return max(1, PRODUCT_BYTES // (vocab * hidden.element_size())), max(1, CACHE_BYTES // (vocab * 4))
+    rows = max(1, CHUNK_LOGITS // vocab)
+    return rows, rows
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """On a CPU memory traffic decides: logits stay in the compute dtype, fp32 exists only for a cache-sized piece,
-    and the gradient overwrites the logits in the same pass, so that the backward pass only scales."""
+    and the gradient overwrites the logits in the same pass, so that the backward pass only scales. On a GPU it is
+    memory that this saves: of 2^30 logits in bf16, 10 GB and more for the logits, their fp32 copy and its gradient."""
 
     @staticmethod
     def forward(
@@ -47,12 +60,11 @@ class _CrossEntropySum(torch.autograd.Function):
         train: bool,
     ) -> Tensor:
         n, vocab = hidden.shape[0], weight.shape[0]
-        rows = max(1, PRODUCT_BYTES // (vocab * hidden.element_size()))
-        piece = max(1, CACHE_BYTES // (vocab * 4))
-        total = torch.zeros((), dtype=torch.float64)
+        rows, piece = chunks(hidden, vocab)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if train else None
         grad_weight: Tensor | None = None
-        grad_bias = torch.zeros(vocab) if train and bias is not None else None
+        grad_bias = torch.zeros(vocab, device=hidden.device) if train and bias is not None else None
         for start in range(0, n, rows):
             h = hidden[start : start + rows]
             logits = h @ weight.t()  # (rows, V)

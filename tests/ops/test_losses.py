@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cairn.ops import losses
 from cairn.ops.losses import cross_entropy_sum, logits_of
@@ -18,12 +21,11 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [50, 7])
+@pytest.mark.parametrize(("rows", "piece"), [(50, 3), (7, 3), (7, 7)])
 def test_loss_and_gradients_equal_cross_entropy(
-    softcap: float | None, with_bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+    softcap: float | None, with_bias: bool, rows: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "PRODUCT_BYTES", rows * 300 * 4)
-    monkeypatch.setattr(losses, "CACHE_BYTES", 3 * 300 * 4)
+    monkeypatch.setattr(losses, "chunks", lambda hidden, vocab: (rows, piece))
     results = []
     for ours in (False, True):
         hidden, weight, bias, labels = inputs()
@@ -68,3 +70,26 @@ def test_without_gradient_nothing_is_kept() -> None:
         loss = cross_entropy_sum(hidden, weight, labels)
     assert not loss.requires_grad
     assert loss == trained
+
+
+def test_many_logits_on_a_gpu_are_never_whole() -> None:
+    class Largest(TorchDispatchMode):
+        """The most elements that one result has."""
+
+        most = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = op(*args, **(kwargs or {}))
+            self.most = max(self.most, out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    vocab = 2**17
+    for n, limit in ((1024, 1024 * vocab), (16384, losses.CHUNK_LOGITS)):
+        with torch.device("meta"):
+            tensors = [torch.empty(*shape, requires_grad=True) for shape in ((n, 64), (vocab, 64), (vocab,))]
+            labels = torch.empty(n, dtype=torch.long)
+        with Largest() as largest:
+            loss = cross_entropy_sum(tensors[0], tensors[1], labels, tensors[2], 30.0)
+            loss.backward()
+        assert [x.grad.device.type for x in tensors if x.grad is not None] == ["meta"] * 3
+        assert largest.most == limit
