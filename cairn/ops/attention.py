@@ -1,6 +1,8 @@
 """Attention behind one function that picks its kernel."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -36,10 +38,13 @@ def attention(
     """Scaled dot-product attention, q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D).
 
     H is a multiple of Hkv. `bias` (1 or B, H, T, S) is added to the scores; `dropout` acts on the probabilities.
-    Raises UserError when the backend asked for cannot do this.
+    What `auto` picks is logged once, at level INFO. Raises UserError when the backend asked for cannot do this.
     """
-    name = choose(q, k, mask, dropout) if backend == "auto" else backend
-    if backend != "auto" and (why := obstacle(backend, q, k, v, bias, dropout)):
+    name: str = backend
+    if backend == "auto":
+        name, reason = choose(q, k, mask, dropout)
+        _tell(name, reason)
+    elif why := obstacle(backend, q, k, v, bias, dropout):
         raise UserError(f"model.attention_backend {backend} cannot run here: {why}; auto picks one that can")
     return BACKENDS[name](q, k, v, mask, bias, dropout)
 
@@ -59,13 +64,34 @@ def obstacle(backend: Backend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
     return None
 
 
-def choose(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> str:
-    """The backend that `auto` takes, by device, mask and shape."""
+def choose(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> tuple[str, str]:
+    """The backend that `auto` takes, by device, mask and shape, and why."""
     b, h, t, s = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     if q.device.type == "cuda":
+        if mask.window is None and mask.document_ids is None:
+            return "sdpa", "PyTorch's fused kernels, the mask being plain"
         # Fused kernels know no window and no documents, and would read a dense mask; FlexAttention skips whole blocks.
-        sparse = mask.window is not None or mask.document_ids is not None
-        return "flex" if sparse and t == s and not dropout and q.shape[3] >= FLEX_HEAD_DIM else "sdpa"
-    if q.device.type == "cpu" and t > 1 and b * h * t * s * q.element_size() <= PROBS_BYTES:
-        return "blocked"
-    return "sdpa"
+        if t != s:
+            return "sdpa", "queries are fewer than keys"
+        if dropout:
+            return "sdpa", "FlexAttention has no dropout"
+        if q.shape[3] < FLEX_HEAD_DIM:
+            return "sdpa", f"FlexAttention's kernel needs heads of {FLEX_HEAD_DIM} or wider"
+        return "flex", "it skips what a window or documents hide"
+    if q.device.type == "cpu" and t > 1:
+        if b * h * t * s * q.element_size() <= PROBS_BYTES:
+            return "blocked", "made for CPUs, and the probabilities of a layer fit"
+        return "sdpa", "the probabilities of a layer would take much memory"
+    return "sdpa", "one query or another device"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tell(backend: str, reason: str) -> None:
+    """Log the choice, also where the model is compiled: the compiler calls this itself."""
+    _log(backend, reason)
+
+
+@cache
+def _log(backend: str, reason: str) -> None:
+    """Once for each pair."""
+    logging.getLogger("cairn").info("attention: %s (%s); model.attention_backend pins one", backend, reason)

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cairn.errors import UserError
-from cairn.ops.attention import attention, choose
+from cairn.ops.attention import _log, attention, choose
 from cairn.ops.masks import Mask
 
 B, H, T, D = 2, 4, 150, 16  # T: one whole block of queries and a part of one
@@ -150,8 +150,8 @@ def test_asking_for_a_backend_that_cannot_says_why() -> None:
 
 def test_auto_keeps_memory_linear_for_long_sequences() -> None:
     long = torch.empty(8, 16, 4096, 1)
-    assert choose(long, long, Mask(causal=True), 0.0) == "sdpa"
-    assert choose(long[:, :, :256], long[:, :, :256], Mask(causal=True), 0.0) == "blocked"
+    assert choose(long, long, Mask(causal=True), 0.0)[0] == "sdpa"
+    assert choose(long[:, :, :256], long[:, :, :256], Mask(causal=True), 0.0)[0] == "blocked"
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,22 @@ def test_auto_keeps_memory_linear_for_long_sequences() -> None:
 def test_what_auto_takes_on_a_gpu(width: int, mask: Mask, dropout: float, backend: str) -> None:
     with FakeTensorMode():
         q = torch.empty(1, 2, 32, width, device="cuda")
-        assert choose(q, q, mask, dropout) == backend
+        assert choose(q, q, mask, dropout)[0] == backend
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_auto_takes_is_logged_once(compiled: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "cairn")
+    _log.cache_clear()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, Mask(causal=True))
+
+    if compiled:
+        run = torch.compile(run, backend="eager", fullgraph=True)
+    q, k, v = inputs(grad=False)
+    for _ in range(3):
+        run(q, k, v)
+        attention(q, k, v, Mask(causal=True), backend="sdpa")
+    said = [record.message for record in caplog.records if record.name == "cairn"]
+    assert [line.split(" (")[0] for line in said] == ["attention: blocked"]
