@@ -1,5 +1,6 @@
 """Stopping in good order: SIGINT, SIGTERM (schedulers, torchrun) and SIGUSR1 (SLURM's early warning)."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
@@ -40,6 +41,8 @@ class StopSignal:
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if self._cluster.is_main:  # not print, which may be what was interrupted
+            os.write(2, f"\n{self.name}: stopping after this step or evaluation (a second Ctrl-C: at once)\n".encode())
 
     def agreed(self) -> bool:
         """Whether to stop now; call once a step on every rank. True on all ranks at the same call.

@@ -79,6 +79,7 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
 def test_a_stop_signal_during_evaluation_lets_it_end(place: Place, straight: RunFolder) -> None:
     folder = place.folder("evaluating")
     said = place.run(place.gpt, "evaluating", BF16, before=Mishap(signal.SIGINT, 1, "evaluate")).text
+    assert said.index("SIGINT: stopping after this step or evaluation") < said.index("step 7: valid/loss")
     assert "stopped by SIGINT after step 7, checkpoint saved" in said
     assert folder.rows()[-1].keys() == {"step", "valid/loss", "valid/bits_per_byte"}
     place.run(place.gpt, "evaluating", BF16)

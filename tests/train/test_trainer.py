@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cairn.cluster import Cluster
 from cairn.config.schema import RunConfig
 from cairn.config.train import CheckpointSection, EngineSection, RunSection, TrackSection, TrainSection
-from cairn.data.batches import Batch, Item, Loader
+from cairn.data.batches import IGNORE, Batch, Item, Loader
 from cairn.errors import UserError
 from cairn.train.checkpoint import Checkpoint, steps_in
 from cairn.train.engine import Engine
@@ -40,7 +40,7 @@ class Noise:
 
     def item(self, k: int) -> Item:
         x = np.random.default_rng(k).standard_normal(4, dtype=np.float32)
-        return {"x": x, "y": x.sum(keepdims=True)}
+        return {"x": x, "labels": x.sum(keepdims=True)}
 
 
 class Waits(Tensor):
@@ -73,11 +73,11 @@ class Plane(LossTask):
         return Noise(64 if split == "train" else self.held_out)
 
     def weights(self, batch: Batch) -> dict[str, float]:
-        return {"loss": float(len(batch["x"]))}
+        return {"loss": float((batch["labels"] != IGNORE).sum())}
 
     def loss_sums(self, model: nn.Module | Engine, batch: Batch) -> dict[str, Tensor]:
-        loss = (model(batch["x"]).float() - batch["y"]).pow(2).sum()
-        return {"loss": loss.as_subclass(Waits)}
+        squares = (model(batch["x"]).float() - batch["labels"]).pow(2)
+        return {"loss": (squares * (batch["labels"] != IGNORE)).sum().as_subclass(Waits)}
 
     def step(self, engines: Any, batches: list[Batch], lr_factor: float) -> dict[str, Tensor]:
         self.seen.append(torch.initial_seed())
@@ -140,7 +140,7 @@ def test_a_run(tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[s
 
 
 def test_evaluation_is_the_mean_over_all_held_out_samples(tmp_path: Path, cluster: Cluster) -> None:
-    """7 samples in batches of 2: the last is short."""
+    """7 samples in batches of 2: one of the last batch is a blank."""
     outcome = train(Plane(held_out=7), config(tmp_path), cluster)
     checkpoint = RunFolder(outcome.folder.path).checkpoints / "step-00000010"
 
@@ -149,7 +149,7 @@ def test_evaluation_is_the_mean_over_all_held_out_samples(tmp_path: Path, cluste
     assert weight is not None
     assert bias is not None
     items = [Noise(7).item(k) for k in range(7)]
-    errors = [((torch.from_numpy(item["x"]) @ weight.T + bias).item() - item["y"].item()) ** 2 for item in items]
+    errors = [((torch.from_numpy(item["x"]) @ weight.T + bias).item() - item["labels"].item()) ** 2 for item in items]
     assert outcome.metrics["valid/loss"] == pytest.approx(sum(errors) / 7, rel=1e-5)
 
 
