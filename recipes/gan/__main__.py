@@ -1,28 +1,26 @@
 """`python -m recipes.gan CONFIG [section.key=value ...]`, alone, under torchrun or under srun."""
 
-import sys
+from typing import TYPE_CHECKING
 
-from cairn.config.main import read_args, run_main
+from cairn.config.main import run_main
 from cairn.config.schema import GANConfig
+from recipes.run import run
+
+if TYPE_CHECKING:
+    from recipes.gan.dcgan import DCGAN
 
 
 def main() -> None:
     """Train two networks, print how real the images look, draw them."""
-    config = read_args(GANConfig, sys.argv[1:])
+    run(GANConfig, make)
 
-    from cairn.cluster import Cluster
-    from cairn.train.trainer import train
+
+def make(config: GANConfig) -> "DCGAN":
+    """The task that model.name names."""
     from recipes.gan.dcgan import DCGAN
 
     tasks = {"dcgan": DCGAN}
-    cluster = Cluster.from_env()
-    with cluster.init():
-        task = tasks[config.model.name](config)
-        outcome = train(task, config, cluster)
-        if cluster.is_main:
-            print(outcome.summary())
-            if not outcome.stopped_by:
-                print(task.report(outcome.folder, outcome.step))
+    return tasks[config.model.name](config)
 
 
 if __name__ == "__main__":

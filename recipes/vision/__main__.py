@@ -1,28 +1,26 @@
 """`python -m recipes.vision CONFIG [section.key=value ...]`, alone, under torchrun or under srun."""
 
-import sys
+from typing import TYPE_CHECKING
 
-from cairn.config.main import read_args, run_main
+from cairn.config.main import run_main
 from cairn.config.schema import VisionConfig
+from recipes.run import run
+
+if TYPE_CHECKING:
+    from recipes.vision.vit import ViTClassifier
 
 
 def main() -> None:
     """Train a classifier, print its held-out accuracy, draw what it says of held-out images."""
-    config = read_args(VisionConfig, sys.argv[1:])
+    run(VisionConfig, make)
 
-    from cairn.cluster import Cluster
-    from cairn.train.trainer import train
+
+def make(config: VisionConfig) -> "ViTClassifier":
+    """The task that model.name names."""
     from recipes.vision.vit import ViTClassifier
 
     tasks = {"vit": ViTClassifier}
-    cluster = Cluster.from_env()
-    with cluster.init():
-        task = tasks[config.model.name](config)
-        outcome = train(task, config, cluster)
-        if cluster.is_main:
-            print(outcome.summary())
-            if not outcome.stopped_by:
-                print(task.report(outcome.folder, outcome.step))
+    return tasks[config.model.name](config)
 
 
 if __name__ == "__main__":
