@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -111,7 +112,10 @@ def verify(config: PretrainConfig, args: argparse.Namespace, folder: Path) -> bo
     console = Console()
     zero = config.engine.zero_stage if args.resume_zero is None else args.resume_zero
     same = args.resume_world == args.world and zero == config.engine.zero_stage
-    common = [sys.executable, "-m", "pretrain", str(args.config), *args.overrides, *_overrides(config, args, folder)]
+    common = [sys.executable, "-m", "pretrain", str(args.config)]
+    if torch.cuda.is_available():
+        common += ["engine.deterministic=true"]  # kernels that add in any order would differ without a kill
+    common += [*args.overrides, *_overrides(config, args, folder)]
     dropouts = [key for key in ("dropout", "attention_dropout") if getattr(config.model, key, 0.0)]
     if not same and dropouts:
         console.print("dropout is drawn by rank, so it is switched off to compare topologies")

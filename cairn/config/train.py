@@ -77,6 +77,8 @@ class EngineSection(Section):
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on GPUs too; slower."""
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own JSON, merged over what is generated here."""
 

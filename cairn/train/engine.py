@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cairn.cluster import Cluster
 from cairn.config.train import EngineSection, OptimSection
 from cairn.errors import UserError
+from cairn.ops.deterministic import use_deterministic_kernels
 from cairn.optim.build import build_optimizer
 from cairn.train.engine_config import deepspeed_config, effective_stage
 from cairn.train.engine_layout import flat_slots, replicated_slots, sharded_slots
@@ -62,6 +63,8 @@ class Engine:
         """Whether the last step was left out because its gradient was not finite."""
         self._clip, self._stage, self._offload = optim.grad_clip, effective_stage(engine), engine.offload != "none"
         self._world_size = cluster.world_size
+        if engine.deterministic:
+            use_deterministic_kernels()
         config = deepspeed_config(engine, micro_batch_size, optim.grad_clip)
         deepspeed = _import_deepspeed()
         if engine.precision not in ("fp32", *_precisions(deepspeed)):

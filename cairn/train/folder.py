@@ -16,6 +16,7 @@ MAY_DIFFER = (
     "engine.offload",
     "engine.activation_checkpointing",
     "engine.compile",
+    "engine.deterministic",
     "engine.deepspeed",
     "track",
     "checkpoint",

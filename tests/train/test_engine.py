@@ -49,6 +49,21 @@ def test_trains_like_plain_pytorch(stage: int) -> None:
         torch.testing.assert_close(tensors[f"weight/{name}"], p.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_deterministic_kernels_are_asked_for_when_wanted() -> None:
+    here()
+    try:
+        Engine(Net(), EngineSection(), AdamWSection(), 8, here())
+        assert not torch.are_deterministic_algorithms_enabled()
+        engine = Engine(Net(), EngineSection(deterministic=True), AdamWSection(), 8, here())
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled(), "attention would only warn"
+        engine.backward(engine(torch.arange(8)).sum())
+        engine.step(1.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_masters_start_as_the_unrounded_weights_at_every_stage(precision: str) -> None:
     here()
