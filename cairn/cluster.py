@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Env = Mapping[str, str]
+LAUNCHER = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_")
+"""How the variables of a launcher begin."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,18 @@ class Cluster:
         if error is not None and failed[0] == self.rank:
             raise error
         raise QuietError(str(said[failed[0]]))
+
+
+def environment(rank: int, world_size: int, port: int, env: Env = os.environ) -> dict[str, str]:
+    """What to start a rank with, of several on this machine or of one alone: `env` with the variables that torchrun
+    would set for it, and without those of any launcher that started us."""
+    own = {key: value for key, value in env.items() if not key.startswith(LAUNCHER)}
+    if world_size == 1:
+        return own
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return (
+        own | {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    )
 
 
 def _from_torchrun(env: Env) -> Cluster:

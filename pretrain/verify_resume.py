@@ -6,7 +6,6 @@ checkpoint. The same topology must agree to the bit, another one within the orde
 """
 
 import argparse
-import os
 import shutil
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cairn.cluster import environment
 from cairn.config.main import Parser, read_options, run_main
 from cairn.config.schema import PretrainConfig
 from cairn.errors import UserError
@@ -32,7 +32,6 @@ LIMIT_S = 3600.0  # seconds that one of the three trainings may take
 TOLERANCE = {"fp32": 5e-4, "bf16": 1e-2, "fp16": 1e-2}
 """Largest relative difference in the loss and in all weights together that reduction order explains in so few steps."""
 JUDGED = ("loss", "weight")
-LAUNCHER = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_")
 
 
 class Ranks:
@@ -41,18 +40,14 @@ class Ranks:
     def __init__(self, command: Sequence[str], world_size: int, log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
-        if world_size > 1:
-            env |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            port = free.getsockname()[1]
         self.log = log
         self._deadline = time.monotonic() + LIMIT_S
         self._processes = []
         with log.open("ab") as output:
             for rank in range(world_size):
-                own = env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
-                self._processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT))
+                env = environment(rank, world_size, port)
+                self._processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
 
     def running(self) -> bool:
         """Whether they run; False when all have ended well. Raises UserError with the log's end if one has failed."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cairn.cluster import Cluster, first_host
+from cairn.cluster import Cluster, environment, first_host
 from cairn.errors import UserError
 
 TORCHRUN = {
@@ -33,6 +33,13 @@ SRUN = {
 
 def test_alone():
     assert Cluster.from_env({}) == Cluster(0, 1, 0, 1, "127.0.0.1", 29500)
+
+
+@pytest.mark.parametrize("outer", [TORCHRUN, SRUN])
+def test_a_rank_started_from_a_rank_knows_its_own_place(outer):
+    outer = {**outer, "HOME": "/home/me"}
+    assert Cluster.from_env(environment(1, 2, 4321, outer)) == Cluster(1, 2, 1, 2, "127.0.0.1", 4321)
+    assert environment(0, 1, 4321, outer) == {"HOME": "/home/me"}
 
 
 def test_torchrun():
