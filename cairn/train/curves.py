@@ -27,7 +27,7 @@ TITLES = {
 }
 SETTINGS = ("lr", "grad_norm", "tokens_per_s", "mfu", "data_wait", "memory_gb")  # panels after all losses, in order
 FROM_ZERO = ("tokens_per_s", "mfu", "data_wait", "memory_gb")  # whose size matters more than its changes
-HIDDEN = {"step", "tokens", "samples", "time", "step_seconds", "flops_per_s"}
+HIDDEN = {"step", "skipped", "tokens", "samples", "time", "step_seconds", "flops_per_s"}
 MAX_POINTS = 1000  # a longer curve is drawn by the mean, lowest and highest value of this many bins
 
 

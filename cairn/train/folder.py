@@ -1,13 +1,14 @@
 """The run folder: where everything a run leaves behind lives, and whether a config may go on in it."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from cairn.config.load import dump, load
+from cairn.config.schema import RunConfig
 from cairn.errors import UserError
 
 MAY_DIFFER = (
@@ -42,7 +43,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.report = path / "report.html"
 
-    def create(self, config_yaml: str) -> bool:
+    def create(self, config: RunConfig) -> bool:
         """Make the folder, or check that this config may go on in it; config.yaml then holds the given one.
 
         Returns whether the folder held a run already. Only one rank calls this. Raises UserError listing the keys
@@ -53,12 +54,12 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}; set run.dir to a folder that can be written") from error
         existed = self.config.exists()
-        if existed and (changes := self._changes(config_yaml)):
+        if existed and (changes := self._changes(config)):
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(changes)}): "
                 "choose another run.name, or put these keys back"
             )
-        write_atomically(self.config, config_yaml.encode())
+        write_atomically(self.config, dump(config).encode())
         return existed
 
     def rows(self) -> list[dict[str, Any]]:
@@ -81,12 +82,18 @@ class RunFolder:
             save(temporary)
             temporary.rename(self.tokenizer)
 
-    def _changes(self, config_yaml: str) -> list[str]:
-        old, new = (flatten(yaml.safe_load(text)) for text in (self.config.read_text(encoding="utf-8"), config_yaml))
+    def _changes(self, config: RunConfig) -> list[str]:
+        """Keys that may not differ and do. One that the version which wrote config.yaml had not yet has its default."""
+        before = load(type(config), self.config)
+        old, new = flatten(before.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+        free = list(MAY_DIFFER)
+        if config.schedule.name == "constant" and config.train.steps > before.train.steps:
+            free.append("train.steps")  # the other schedules are stretched over them
+        note = {"train.steps": " (it may grow only where schedule.name is constant)"}
         return [
-            f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}"
+            f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}{note.get(key, '')}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_DIFFER)
+            if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{other}.") for other in free)
         ]
 
 
@@ -101,11 +108,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file; a last line that a kill left half written is passed over."""
+    """The rows of a .jsonl file; a last line that a kill left half written is passed over, and null is nan."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
-                yield json.loads(line)
+                row: dict[str, Any] = json.loads(line)
+                yield {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """A row as a line. JSON knows no nan and no infinity: both become null, which pandas and jq read as well."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

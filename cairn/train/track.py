@@ -1,6 +1,5 @@
 """Metrics: metrics.jsonl is the truth; the terminal, wandb and TensorBoard mirror it. Only rank 0 writes."""
 
-import json
 import netrc
 import os
 import sys
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from cairn.config.train import TrackSection
 from cairn.errors import UserError
-from cairn.train.folder import RunFolder, parse_rows
+from cairn.train.folder import RunFolder, format_row, parse_rows
 
 Row = dict[str, Any]
 PLAIN_EVERY_S = 10.0  # seconds between two progress lines when the output is a file
@@ -71,7 +70,7 @@ class Tracker:
             return
         temporary = self._folder.metrics.with_name(".metrics.jsonl.tmp")
         with temporary.open("w", encoding="utf-8") as kept:
-            kept.writelines(json.dumps(row) + "\n" for row in parse_rows(self._folder.metrics) if row["step"] <= step)
+            kept.writelines(format_row(row) for row in parse_rows(self._folder.metrics) if row["step"] <= step)
             kept.flush()
             os.fsync(kept.fileno())
         temporary.replace(self._folder.metrics)
@@ -82,7 +81,7 @@ class Tracker:
             return
         if self._file is None:
             self._file = self._folder.metrics.open("a", encoding="utf-8")
-        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._file.write("".join(format_row(row) for row in rows))
         self._file.flush()
         for mirror in self._mirrors:
             mirror.rows(rows)

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cairn.cluster import Cluster
-from cairn.config.load import dump
 from cairn.config.schema import RunConfig
 from cairn.data.batches import Loader
 from cairn.errors import UserError
@@ -156,7 +155,7 @@ class Trainer:
                 f"checkpoint.resume is false, but {self.folder.path} holds a checkpoint of step {steps[-1]}: "
                 "choose another run.name, or remove that folder"
             )
-        self.folder.create(dump(self.config))
+        self.folder.create(self.config)
 
     def _introduce(self, sizes: dict[str, int]) -> None:
         """Say what is about to run, and on what."""

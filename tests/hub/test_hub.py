@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from cairn.config.data import BytesSection, CausalSection, MaskedSection, SentencePieceSection
-from cairn.config.load import dump, load
+from cairn.config.load import load
 from cairn.config.model import BERTSection, GPTSection
 from cairn.config.schema import PretrainConfig
 from cairn.data.sentencepiece import train_sentencepiece
@@ -47,7 +47,7 @@ def make_run(path: Path, section: GPTSection | BERTSection, tokenizer: Path | No
     config = PretrainConfig(
         model=section, tokenizer=BytesSection(), objective=MaskedSection() if bert else CausalSection()
     )
-    folder.create(dump(config))
+    folder.create(config)
     source = load_tokenizer(tokenizer) if tokenizer else BytesTokenizer()
     source.save(folder.tokenizer)
     torch.manual_seed(0)

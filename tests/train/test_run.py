@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cairn.config.load import dump
 from cairn.config.model import GPTSection
 from cairn.config.schema import PretrainConfig
 from cairn.data.tokenizer import BytesTokenizer
@@ -28,7 +27,7 @@ def test_a_run_is_opened_at_its_newest_checkpoint_or_says_what_is_missing(tmp_pa
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match=r"has no config\.yaml"):
         load_model(folder.path, CPU)
-    folder.create(dump(PretrainConfig(model=SECTION)))
+    folder.create(PretrainConfig(model=SECTION))
     with pytest.raises(UserError, match="has no checkpoint yet"):
         load_model(folder.path, CPU)
     BytesTokenizer().save(folder.tokenizer)
