@@ -1,11 +1,12 @@
 """Metrics: metrics.jsonl is the truth; the terminal, wandb and TensorBoard mirror it. Only rank 0 writes."""
 
+import logging
 import netrc
 import os
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TextIO
@@ -42,6 +43,7 @@ class Tracker:
         self._folder, self._section, self._main = folder, section, main
         self._file: TextIO | None = None
         self._mirrors: list[Mirror] = []
+        self._log: Messages | None = None
         self._console = Console(file=sys.stdout)
         self._display = Display(self._console, steps, section.progress) if main else None
         if main and section.tensorboard:
@@ -50,6 +52,8 @@ class Tracker:
             self._mirrors.append(wandb)
 
     def __enter__(self) -> Self:
+        if self._main:
+            self._log = Messages(self.message)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -106,7 +110,9 @@ class Tracker:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self, failed: bool = False) -> None:
-        """End the progress bar and the mirrors."""
+        """End the progress bar, the messages and the mirrors."""
+        if self._log is not None:
+            self._log.close()
         if self._display is not None:
             self._display.close()
         if self._file is not None:
@@ -130,6 +136,28 @@ class Tracker:
             return None
         self.message(f"wandb: {started.where}")
         return started
+
+
+class Messages(logging.Handler):
+    """What is logged to "cairn" at INFO or above, as lines, until `close`."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._show, self._logger = show, logging.getLogger("cairn")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record."""
+        self._show(record.getMessage())
+
+    def close(self) -> None:
+        """Leave the logger as it was."""
+        if self in self._logger.handlers:
+            self._logger.removeHandler(self)
+            self._logger.setLevel(self._level)
+        super().close()
 
 
 class Display:

@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,19 @@ def test_truncate_drops_later_rows_and_a_half_line(tmp_path: Path) -> None:
     kept = [r["step"] for r in RunFolder(tmp_path).rows()]
     assert kept == [1, 2, 3, 3, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_what_cairn_logs_is_shown_while_the_run_lasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("cairn")
+    log.info("before")
+    with tracker(tmp_path, main=False):
+        log.info("another rank")
+    with tracker(tmp_path):
+        log.info("attention: %s", "sdpa")
+        log.debug("detail")
+    log.info("after")
+    assert capsys.readouterr().out == "attention: sdpa\n"
+    assert log.handlers == []
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
