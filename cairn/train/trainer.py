@@ -91,6 +91,8 @@ class Trainer:
         )
         self.lr_factor = schedule(config.schedule, config.train.steps)
         self.step = 0
+        self.threads: int | None = None
+        """CPU threads of a rank when the checkpoint was written that this run goes on from."""
         self.pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.metrics: dict[str, float] = {}
 
@@ -173,6 +175,12 @@ class Trainer:
         )
         if self.step:
             self.tracker.message(f"going on from the checkpoint of step {self.step}")
+        threads = torch.get_num_threads()
+        if device.type == "cpu" and self.threads not in (None, threads):
+            self.tracker.message(
+                f"warning: {threads} threads a rank now, {self.threads} before: the last bits of losses will differ; "
+                f"OMP_NUM_THREADS={self.threads} keeps them"
+            )
 
     def _train_step(self) -> None:
         batches = self.loader.step(self.step)
@@ -182,6 +190,8 @@ class Trainer:
         self.step += 1
         row: dict[str, Any] = {"step": self.step, "lr": factor * self.engine.base_lr}
         self.pending.append((row, metrics))
+        if any(engine.skipped for engine in self.engines.values()):
+            row["skipped"] = True
         for name, engine in self.engines.items():
             row["grad_norm" if len(self.engines) == 1 else f"grad_norm/{name}"] = engine.grad_norm
 
@@ -203,6 +213,8 @@ class Trainer:
         rows[-1] |= self._throughput(len(rows))
         self.pending = []
         self.tracker.rows(rows)
+        if skipped := [str(row["step"]) for row in rows if "skipped" in row]:
+            self.tracker.message(f"warning: no update in step {', '.join(skipped)}: the gradient was not finite")
         self._mark()
 
     def _mark(self) -> None:
@@ -249,6 +261,7 @@ class Trainer:
             "samples": self.step * self.config.train.global_batch_size,
             "seed": self.config.seed,
             "identity": self.task.identity(),
+            "threads": torch.get_num_threads(),
             "engines": {name: engine.scalars() for name, engine in self.engines.items()},
         }
         tensors = ((f"{name}/{key}", value) for name, engine in self.engines.items() for key, value in engine.tensors())
@@ -256,27 +269,29 @@ class Trainer:
         self._mark()
 
     def _newest(self) -> Checkpoint | None:
-        """The newest good checkpoint: rank 0 checks it, every rank opens it."""
+        """The newest good checkpoint: rank 0 checks it and what it was trained on, every rank opens it."""
 
         def step_of_latest() -> int | None:
             checkpoint = self.store.latest()
-            return checkpoint.step if checkpoint else None
+            if checkpoint is None:
+                return None
+            for key, value in self.task.identity().items():
+                saved = checkpoint.state["identity"].get(key)
+                if saved is not None and saved != value:  # an imported run has met no corpus yet
+                    raise UserError(
+                        f"{self.folder.path}: the {key} is not the one this run was trained with "
+                        f"({value[:12]} now, {str(saved)[:12]} then): restore it, or choose another run.name"
+                    )
+            return checkpoint.step
 
         step = self.cluster.on_main(step_of_latest)
         return None if step is None else self.cluster.on_all(lambda: self.store.open(step))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        for key, value in self.task.identity().items():
-            saved = checkpoint.state["identity"].get(key)
-            if saved is not None and saved != value:  # an imported run has met no corpus yet
-                raise UserError(
-                    f"{self.folder.path}: the {key} is not the one this run was trained with "
-                    f"({value[:12]} now, {str(saved)[:12]} then): restore it, or choose another run.name"
-                )
         for name, engine in self.engines.items():
             engine.load(_of(name, checkpoint))
             engine.load_scalars(checkpoint.state["engines"][name])
-        self.step = checkpoint.step
+        self.step, self.threads = checkpoint.step, checkpoint.state.get("threads")
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

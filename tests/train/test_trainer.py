@@ -1,5 +1,6 @@
 """The loop itself, on a task small enough to run here many times."""
 
+import math
 import os
 import signal
 import threading
@@ -61,6 +62,8 @@ class Plane(LossTask):
 
     held_out: int = 6
     fail_at: int | None = None
+    infinite_at: int | None = None
+    corpus: str = "corpus"
     seen: list[int] = field(default_factory=list)
     """Seeds of noise, by step."""
     tokens_per_sample: int = 1
@@ -76,8 +79,12 @@ class Plane(LossTask):
         return {"loss": float((batch["labels"] != IGNORE).sum())}
 
     def loss_sums(self, model: nn.Module | Engine, batch: Batch) -> dict[str, Tensor]:
-        squares = (model(batch["x"]).float() - batch["labels"]).pow(2)
+        scale = torch.inf if len(self.seen) == self.infinite_at else 1.0
+        squares = scale * (model(batch["x"]).float() - batch["labels"]).pow(2)
         return {"loss": (squares * (batch["labels"] != IGNORE)).sum().as_subclass(Waits)}
+
+    def identity(self) -> dict[str, str]:
+        return {"corpus": self.corpus}
 
     def step(self, engines: Any, batches: list[Batch], lr_factor: float) -> dict[str, Tensor]:
         self.seen.append(torch.initial_seed())
@@ -188,6 +195,38 @@ def test_an_error_leaves_no_thread_and_the_run_can_go_on(
     assert outcome.first == 4
     assert [row["step"] for row in outcome.folder.rows() if "loss" in row] == list(range(1, 11))
     assert "going on from the checkpoint of step 4" in capsys.readouterr().out
+
+
+def test_a_step_without_an_update_is_told(tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = train(Plane(infinite_at=5), config(tmp_path), cluster).folder.rows()
+    assert [row["step"] for row in rows if "skipped" in row] == [5]
+    assert [row["step"] for row in rows if not math.isfinite(row.get("loss", 0.0))] == [5]
+    assert capsys.readouterr().out.count("warning: no update in step 5: the gradient was not finite") == 1
+
+
+def test_another_number_of_threads_is_told(
+    tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    for fail_at in (7, 2):
+        with pytest.raises(RuntimeError):
+            train(Plane(fail_at=fail_at), config(tmp_path), cluster)
+    assert "threads" not in capsys.readouterr().out
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    train(Plane(), config(tmp_path), cluster)
+    said = capsys.readouterr().out
+    assert f"{threads + 1} threads a rank now, {threads} before" in said
+    assert f"OMP_NUM_THREADS={threads} keeps them" in said
+
+
+def test_another_corpus_is_told_before_a_model_is_built(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError):
+        train(Plane(fail_at=7), config(tmp_path), cluster)
+    monkeypatch.delattr(Plane, "models")
+    with pytest.raises(UserError, match="the corpus is not the one this run was trained with"):
+        train(Plane(corpus="another"), config(tmp_path), cluster)
 
 
 def test_nothing_held_out_is_told_before_the_first_step(tmp_path: Path, cluster: Cluster) -> None:
