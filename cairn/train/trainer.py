@@ -22,6 +22,7 @@ from torch import Tensor
 from cairn.cluster import Cluster
 from cairn.config.schema import RunConfig
 from cairn.data.batches import Loader
+from cairn.data.order import mix
 from cairn.errors import UserError
 from cairn.optim.schedule import schedule
 from cairn.train.checkpoint import Checkpoint, CheckpointStore, steps_in
@@ -296,16 +297,12 @@ class Trainer:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of dropout and other noise in a step: a pure function, so that no generator state is ever saved."""
-    mask = (1 << 64) - 1
-    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return (x ^ (x >> 31)) >> 1
-
-
-def _of(name: str, checkpoint: Checkpoint) -> Callable[[str], Tensor | None]:
-    return lambda key: checkpoint.read(f"{name}/{key}")
+    return mix(seed, step, rank)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _of(name: str, checkpoint: Checkpoint) -> Callable[[str], Tensor | None]:
+    return lambda key: checkpoint.read(f"{name}/{key}")
