@@ -32,6 +32,7 @@ from cairn.train.tensorfile import Damaged, pieces, verify, write_tensors
 
 FORMAT = 1
 STATE = "state.json"
+LAST_PATIENCE_S = 5.0  # for the other ranks' files once this rank has failed
 
 
 class Checkpoint:
@@ -97,7 +98,7 @@ def newest(root: Path, verified: bool = True) -> tuple[Checkpoint | None, list[P
 
 
 class CheckpointStore:
-    """The checkpoints of one run. A context manager: leaving it waits for the last write (not after an error)."""
+    """The checkpoints of one run. A context manager: leaving it waits for the last write."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class CheckpointStore:
             self.wait()
         self._abandoned.set()
         if self._pool is not None:
-            self._pool.shutdown(wait=False)
+            self._pool.shutdown()  # after an error too: the write under way may be the newest checkpoint
 
     def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
         """Write a checkpoint; every rank calls this with the tensors it owns. Rank 0's state (JSON) is kept.
@@ -226,7 +227,9 @@ class CheckpointStore:
         deadline = time.monotonic() + self.patience_s
         pause = 0.005
         while missing := [rank for rank in range(self.world_size) if not (folder / _report(rank)).exists()]:
-            if self._abandoned.is_set() or time.monotonic() > deadline:
+            if self._abandoned.is_set():  # the others may have died of the same error
+                deadline = min(deadline, time.monotonic() + LAST_PATIENCE_S)
+            if time.monotonic() > deadline:
                 raise UserError(
                     f"ranks {missing} did not write their part of the checkpoint of step {step} into {folder} within "
                     f"{self.patience_s:.0f} s: see their output; run.dir must be a folder that all nodes share"
