@@ -59,13 +59,11 @@ class BERT(Transformer):
         next_sentence_label: Tensor | None = None,
         target_positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """All (B, T) but next_sentence_label (B,) and target_positions (B, K). attention_mask: 1 = real token; labels:
-        -100 = ignore.
+        """All (B, T) but next_sentence_label (B,). attention_mask: 1 = real token; labels: -100 = ignore.
 
         Without labels {"logits": (B, T, V), "next_sentence_logits": (B, 2)}; with labels the fp32 sums {"masked"} and,
-        given next_sentence_label, {"next_sentence"}. The masked head runs at the targets only: at target_positions,
-        which hold each target once and any positions that are none, or else wherever labels has one. To count those
-        waits for the device, and torch.compile does not like it.
+        given next_sentence_label, {"next_sentence"}. The masked head runs at the targets only: at target_positions
+        (B, K), labels being (B, K) then, or else wherever labels has one. To count those waits for the device.
         """
         padding = None if attention_mask is None else attention_mask.bool()
         hidden = self.hidden(input_ids, segment_ids, key_padding=padding)
@@ -80,7 +78,7 @@ class BERT(Transformer):
             at, wanted = hidden[target], labels[target]
         else:
             at = hidden.gather(1, target_positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, D)
-            wanted = labels.gather(1, target_positions)
+            wanted = labels
         sums = {"masked": self.masked_head(at, vocabulary, wanted)}
         if next_sentence_label is not None:
             scores = self.next_sentence_head(self.pooler(hidden)).float()

@@ -61,7 +61,8 @@ class Masked:
             batch["input_ids"],
             segment_ids=batch["segment_ids"],
             attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
+            # Not in the model: torch 2.13, compiling it for a CPU, gets the labels of the loss wrong.
+            labels=batch["labels"].gather(1, batch["target_positions"]),
             next_sentence_label=batch.get("next_sentence_label"),
             target_positions=batch["target_positions"],
         )
