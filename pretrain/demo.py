@@ -1,5 +1,6 @@
 """`make demo`: from nothing to a small GPT in minutes, judged against gzip and xz on text that none has seen."""
 
+import json
 import subprocess
 import sys
 import time
@@ -61,6 +62,8 @@ def _show(config: PretrainConfig, seconds: float) -> None:
     console.print(table)
     run = load_model(folder.path, torch.device("cpu"))
     sample = generate_text(run, PROMPT, max_new_tokens=120, temperature=0.7, top_p=0.9, seed=1)
+    with folder.samples.open("a", encoding="utf-8") as file:  # the report shows it
+        file.write(json.dumps({"step": run.step, "prompt": PROMPT, "text": sample}) + "\n")
     console.rule("a sample")
     console.print(PROMPT + sample, markup=False, highlight=False)
     console.rule()
