@@ -16,8 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cairn.data.batches import Batch
 
 SHAPE = {"n_layer": 8, "n_head": 8, "d_model": 512, "max_seq_len": 512, "vocab_size": 8192}
 BATCH, WARMUP = 8, 3
@@ -53,12 +57,26 @@ def _samples() -> tuple[Any, Any]:
     return config, LanguageModel(config, open_prepared(prepare(config.data, config.tokenizer)))
 
 
-def run_bare(steps: int) -> dict[str, float]:
-    """The same model and optimizer in the shortest loop: bf16 weights, fp32 masters, clipping, fused AdamW."""
+def _timed(task: Any, steps: int, step: "Callable[[Batch], float]") -> dict[str, float]:
+    """Median seconds of `step`, which trains on a batch and returns its loss, after the warmup."""
     import torch
 
     from cairn.data.batches import Loader
     from cairn.train.peak import matmul_peak
+
+    loader = Loader(task.samples("train"), BATCH, BATCH)
+    peak, times, loss = matmul_peak(torch.device("cpu"), torch.bfloat16), [], 0.0
+    for number in range(steps + WARMUP):
+        start = time.perf_counter()
+        (batch,) = loader.step(number)
+        loss = step(batch)
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times[WARMUP:]), "peak": peak, "loss": loss}
+
+
+def run_bare(steps: int) -> dict[str, float]:
+    """The same model and optimizer in the shortest loop: bf16 weights, fp32 masters, clipping, fused AdamW."""
+    import torch
 
     config, task = _samples()
     torch.manual_seed(config.seed)
@@ -69,11 +87,8 @@ def run_bare(steps: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(
         masters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
-    loader = Loader(task.samples("train"), BATCH, BATCH, 0, 1)
-    peak, times, loss = matmul_peak(torch.device("cpu"), torch.bfloat16), [], 0.0
-    for step in range(steps + WARMUP):
-        start = time.perf_counter()
-        (batch,) = loader.step(step)
+
+    def step(batch: "Batch") -> float:
         total = task.loss_sums(model, batch)["loss"] / task.weights(batch)["loss"]
         total.backward()
         for master, p in zip(masters, model.parameters(), strict=True):
@@ -83,9 +98,9 @@ def run_bare(steps: int) -> dict[str, float]:
         with torch.no_grad():
             for master, p in zip(masters, model.parameters(), strict=True):
                 p.copy_(master)
-        loss = total.item()
-        times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times[WARMUP:]), "peak": peak, "loss": loss}
+        return float(total)
+
+    return _timed(task, steps, step)
 
 
 def run_transformers(steps: int, compiled: bool = False) -> dict[str, float]:
@@ -159,9 +174,6 @@ def run_plain(steps: int) -> dict[str, float]:
     import torch.nn.functional as F
     from torch import Tensor, nn
 
-    from cairn.data.batches import Loader
-    from cairn.train.peak import matmul_peak
-
     d, heads = SHAPE["d_model"], SHAPE["n_head"]
 
     class Block(nn.Module):
@@ -197,20 +209,17 @@ def run_plain(steps: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
-    loader = Loader(task.samples("train"), BATCH, BATCH, 0, 1)
-    peak, times, loss = matmul_peak(torch.device("cpu"), torch.bfloat16), [], 0.0
-    for step in range(steps + WARMUP):
-        start = time.perf_counter()
-        (batch,) = loader.step(step)
+
+    def step(batch: "Batch") -> float:
         with torch.autocast("cpu", torch.bfloat16):
             total = compiled(batch["input_ids"], batch["labels"])
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss = total.item()
-        times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times[WARMUP:]), "peak": peak, "loss": loss}
+        return float(total)
+
+    return _timed(task, steps, step)
 
 
 SYSTEMS = {

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from cairn.config.schema import PretrainConfig
 from cairn.data.batches import Batch, Samples
 from cairn.data.prepare import Prepared
-from cairn.errors import UserError
 from cairn.models.build import build_model, flops_per_token, padded_vocab
 from cairn.objectives.build import build_objective
 from cairn.train.engine import Engine
@@ -21,13 +20,7 @@ class LanguageModel(LossTask):
 
     def __init__(self, config: PretrainConfig, prepared: Prepared) -> None:
         self.config, self.prepared = config, prepared
-        needed = prepared.tokenizer.vocab_size
-        self.vocab_size = padded_vocab(config.model, needed)
-        if self.vocab_size < needed:
-            raise UserError(
-                f"model.vocab_size {self.vocab_size} is smaller than the tokenizer's {needed}: "
-                "raise it, or leave it empty to follow the tokenizer"
-            )
+        self.vocab_size = padded_vocab(config.model, prepared.tokenizer.vocab_size)
         self.objective = build_objective(config.objective, prepared.tokenizer)
 
     def models(self) -> dict[str, nn.Module]:

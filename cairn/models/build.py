@@ -13,8 +13,17 @@ MODELS: dict[str, type[LanguageModel]] = {"gpt": GPT, "bert": BERT}
 
 
 def padded_vocab(section: LanguageModelSection, vocab_size: int) -> int:
-    """Rows of the embedding for a tokenizer of `vocab_size`: model.vocab_size, or rounded up to vocab_multiple."""
-    return section.vocab_size or -(-vocab_size // section.vocab_multiple) * section.vocab_multiple
+    """Rows of the embedding for a tokenizer of `vocab_size`: model.vocab_size, or rounded up to vocab_multiple.
+
+    Raises UserError where model.vocab_size is smaller.
+    """
+    rows = section.vocab_size or -(-vocab_size // section.vocab_multiple) * section.vocab_multiple
+    if rows < vocab_size:
+        raise UserError(
+            f"model.vocab_size {rows} is smaller than the tokenizer's {vocab_size}: "
+            "raise it, or leave it empty to follow the tokenizer"
+        )
+    return rows
 
 
 def build_model(section: ModelSection, vocab_size: int) -> LanguageModel:
@@ -22,10 +31,7 @@ def build_model(section: ModelSection, vocab_size: int) -> LanguageModel:
 
     `vocab_size` is the tokenizer's. Raises UserError where model.vocab_size is smaller.
     """
-    rows = padded_vocab(section, vocab_size)
-    if rows < vocab_size:
-        raise UserError(f"model.vocab_size {rows} is smaller than the tokenizer's {vocab_size}: leave it empty")
-    return MODELS[section.name](section, rows)
+    return MODELS[section.name](section, padded_vocab(section, vocab_size))
 
 
 def _meta(section: ModelSection, vocab_size: int) -> LanguageModel:

@@ -4,8 +4,9 @@ GPT, BERT, every fine-tuning task and every vision or GAN recipe is a Task. Most
 that is a sum over targets. A GAN overrides `step` and drives two engines.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -108,20 +109,15 @@ class LossTask:
         return {}
 
 
-class evaluating:
-    """Context: an engine's module in evaluation mode, without gradients."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.module = engine.module
-        self.no_grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        self.module.eval()
-        self.no_grad.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self.no_grad.__exit__(*exc)
-        self.module.train()
+@contextmanager
+def evaluating(engine: Engine) -> Iterator[None]:
+    """An engine's module in evaluation mode, without gradients."""
+    engine.module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        engine.module.train()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
