@@ -166,6 +166,11 @@ class Cluster:
         raise QuietError(str(said[failed[0]]))
 
 
+def job_id(env: Env = os.environ) -> str | None:
+    """The scheduler's id of the job this process is in; a job that is requeued keeps it."""
+    return env.get("SLURM_JOB_ID") or None
+
+
 def environment(rank: int, world_size: int, port: int, env: Env = os.environ) -> dict[str, str]:
     """What to start a rank with, of several on this machine or of one alone: `env` with the variables that torchrun
     would set for it, and without those of any launcher that started us."""

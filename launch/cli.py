@@ -39,6 +39,9 @@ VERBS = {
     ),
     "export": Verb("cairn.hub", None, "RUN DIR", "write a run as a `transformers` folder"),
     "import": Verb("cairn.hub", None, "DIR RUN", "make a run of a `transformers` folder"),
+    "plan": Verb("cairn.plan", PretrainConfig, f"{CONFIG} [options]", "memory, speed, time and cost before a run"),
+    "doctor": Verb("pretrain.doctor", None, "[CONFIG ...]", "check the machine, and a config on it"),
+    "batch": Verb("pretrain.batch", None, "RUN STEP", "the documents that a step was trained on"),
     "vision": Verb("recipes.vision", VisionConfig, CONFIG, "train an image classifier"),
     "gan": Verb("recipes.gan", GANConfig, CONFIG, "train a generative adversarial network"),
 }

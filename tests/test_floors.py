@@ -21,6 +21,7 @@ FLOORS = {
     "cairn.train": 4,
     "cairn.hub": 4,
     "cairn.decode": 4,
+    "cairn.plan": 4,
     "pretrain": 5,
     "finetune": 5,
     "recipes": 5,

@@ -12,7 +12,7 @@ from cairn.cluster import Cluster
 from cairn.config.base import Section
 from cairn.config.help import print_help
 from cairn.config.load import load
-from cairn.errors import QuietError, UserError
+from cairn.errors import QuietError, TryAgain, UserError
 
 T = TypeVar("T", bound=Section)
 
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(fn: Callable[[], int | None]) -> NoReturn:
-    """Run `fn` and exit: with its status, 2 after printing a UserError, 130 after Ctrl-C."""
+    """Run `fn` and exit: with its status, 2 after printing a UserError (75: a TryAgain), 130 after Ctrl-C."""
     try:
         status = fn() or 0
     except QuietError:
@@ -35,7 +35,7 @@ def run_main(fn: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, TryAgain) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

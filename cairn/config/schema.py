@@ -19,6 +19,7 @@ from cairn.config.train import (
     AdamWSection,
     CheckpointSection,
     EngineSection,
+    GuardSection,
     OptimSection,
     RunSection,
     ScheduleSection,
@@ -37,6 +38,7 @@ class RunConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
     train: TrainSection = TrainSection()
+    guard: GuardSection = GuardSection()
     checkpoint: CheckpointSection = CheckpointSection()
     track: TrackSection = TrackSection()
 

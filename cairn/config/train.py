@@ -88,6 +88,8 @@ class TrainSection(Section):
 
     steps: int = Field(1000, ge=1)
     """Optimizer steps."""
+    max_hours: float | None = Field(None, gt=0)
+    """Hours of training, all calls together, by which the run ends with its decay done, at `steps` or before."""
     global_batch_size: int = Field(32, ge=1)
     """Samples in an optimizer step, over all ranks; the same on every topology."""
     micro_batch_size: int = Field(8, ge=1)
@@ -98,6 +100,23 @@ class TrainSection(Section):
     """Steps between two evaluations; 0: at the end only."""
     eval_samples: int | None = Field(None, ge=1)
     """Held-out samples of an evaluation, spread evenly over them; empty: all."""
+
+
+class GuardSection(Section):
+    """What is done when numbers go bad or a rank hangs."""
+
+    max_skipped: int = Field(10, ge=0)
+    """Steps in a row without an update, as the loss or gradient was not finite, that stop the run; 0: never."""
+    spike_factor: float = Field(0.0, ge=0)
+    """A step whose loss lies this many standard deviations above the last spike_window ones is a spike; 0: off."""
+    spike_window: int = Field(100, ge=10)
+    """Steps that a spike is judged by."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Spikes after which the run goes back to the last checkpoint and passes over the samples since; then it stops."""
+    hang_minutes: float = Field(10.0, ge=0)
+    """A rank that stays this long in one step, evaluation batch or save hangs: all stacks are written; 0: off."""
+    lost_seconds: float = Field(60.0, ge=5)
+    """A rank without a sign of life for this long is lost, and the others stop."""
 
 
 class CheckpointSection(Section):

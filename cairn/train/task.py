@@ -42,6 +42,10 @@ class Task(Protocol):
         """Metrics over all ranks' held-out batches; collective, and the same on every rank."""
         ...
 
+    def origin(self, index: int) -> list[str]:
+        """Where training sample `index` comes from, a line each: `file:line` of every document in it, as a rule."""
+        ...
+
     def identity(self) -> dict[str, str]:
         """What a checkpoint must agree on to be resumed, by name: fingerprints of the corpus and such."""
         ...
@@ -63,6 +67,10 @@ class LossTask:
     Dividing by the global count, not micro-batch by micro-batch, makes the gradient the same for every split of the
     global batch into ranks and micro-batches, however uneven the counts.
     """
+
+    def origin(self, index: int) -> list[str]:
+        """Where training sample `index` comes from; a task that knows files and lines says more."""
+        return [f"sample {index}"]
 
     def weights(self, batch: Batch) -> dict[str, float]:
         """Number of targets of each loss term in a batch on the host."""

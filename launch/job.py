@@ -1,0 +1,18 @@
+"""What is to be started: one command, on so many ranks of each node."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """`python -m module args` on `ranks` processes of every node."""
+
+    module: str
+    args: tuple[str, ...]
+    folder: Path
+    """The run folder; what ranks print goes to its `logs/`."""
+    ranks: int = 1
+    """Processes on this node."""
+    restarts: int = 0
+    """How often the ranks are started again after one has failed."""
