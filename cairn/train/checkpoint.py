@@ -8,15 +8,17 @@
 Every rank writes the tensors it owns into `.tmp-step-00001000`, then a small JSON that says it is done; rank 0 waits
 for all of these (files are the rendezvous, so that no collective runs in a thread), writes state.json and renames the
 folder. A folder without the `.tmp-` is therefore whole; its checksums tell whether it still is.
+
+A rank that cannot write leaves `rank-00001.failed` there, and rank 0 gives up at once. No rank raises in `save`, where
+the others may be gathering tensors with it: `trouble` tells the loop, which stops all ranks together.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import threading
-import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +29,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cairn.errors import UserError
-from cairn.train.folder import fsync_folder, write_atomically
-from cairn.train.tensorfile import Damaged, pieces, verify, write_tensors
+from cairn.train import parts
+from cairn.train.folder import disk_errors, fsync_folder, write_atomically
+from cairn.train.tensorfile import Damaged, check_space, verify
 
 FORMAT = 1
 STATE = "state.json"
-LAST_PATIENCE_S = 5.0  # for the other ranks' files once this rank has failed
 
 
 class Checkpoint:
@@ -112,7 +114,8 @@ class CheckpointStore:
     ) -> None:
         """Build on every rank before the first save: rank 0 clears away what a killed run left half written.
 
-        `patience_s`: seconds that rank 0 waits for the other ranks' files.
+        `patience_s`: seconds that rank 0 waits for the other ranks' files. Raises UserError, on rank 0, when the folder
+        cannot be made or cleared.
         """
         self.root, self.rank, self.world_size = root, rank, world_size
         self.keep_last, self.keep_every, self.patience_s = keep_last, keep_every, patience_s
@@ -122,44 +125,76 @@ class CheckpointStore:
         self.last_step: int | None = None
         """Step of the last save."""
         if rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            for stale in root.glob(".tmp-*"):
-                shutil.rmtree(stale)
-            for replaced in root.glob(".replaced-*"):  # killed between the two renames of _publish
-                final = root / replaced.name.removeprefix(".replaced-")
-                shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
+            with disk_errors(str(root)):
+                root.mkdir(parents=True, exist_ok=True)
+                for stale in root.glob(".tmp-*"):
+                    shutil.rmtree(stale)
+                for replaced in root.glob(".replaced-*"):  # killed between the two renames of _publish
+                    final = root / replaced.name.removeprefix(".replaced-")
+                    shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is None:
-            self.wait()
-        self._abandoned.set()
-        if self._pool is not None:
-            self._pool.shutdown()  # after an error too: the write under way may be the newest checkpoint
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._abandoned.set()
+            if self._pool is not None:
+                self._pool.shutdown()  # after an error too: the write under way may be the newest checkpoint
 
     def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
         """Write a checkpoint; every rank calls this with the tensors it owns. Rank 0's state (JSON) is kept.
 
         `tensors` is always read to its end before this returns, so it may be a collective generator. In the
-        background the tensors are copied first, and an error of the writer is raised by the next save or wait.
-        Raises UserError when the disk is full or a rank does not write; earlier checkpoints stay as they are.
+        background the tensors are copied first. When a rank cannot write, `trouble` says so and the next `wait` raises;
+        until then nothing more is written. Earlier checkpoints stay as they are.
         """
-        self.wait()
         self.last_step = step
-        if self._pool is None:
-            self._write(step, tensors, state)
-            return
-        snapshot = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors]
-        frozen = json.loads(json.dumps(state))  # the caller may change its state while we write
-        self._pending = self._pool.submit(self._write, step, snapshot, frozen)
+        failed = self._settled()
+        if failed is not None:
+            deque(tensors, maxlen=0)
+            parts.withdraw(self._folder(step), self.rank, str(failed))
+        elif self._pool is not None:
+            snapshot = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors]
+            frozen = json.loads(json.dumps(state))  # the caller may change its state while we write
+            self._pending = self._pool.submit(self._write, step, snapshot, frozen)
+        else:
+            done: Future[None] = Future()
+            rest = iter(tensors)
+            try:
+                self._write(step, rest, state)
+                done.set_result(None)
+            except UserError as error:
+                done.set_exception(error)
+                deque(rest, maxlen=0)  # the other ranks are gathering them
+            self._pending = done
+
+    def trouble(self) -> UserError | None:
+        """The error of a write that has failed, without waiting for one that is under way; ask at every step."""
+        if self._pending is None or not self._pending.done():
+            return None
+        error = self._pending.exception()
+        return error if isinstance(error, UserError) else None
 
     def wait(self) -> None:
-        """Wait for this rank's write in the background, and raise its error if it had one."""
+        """Wait for this rank's write in the background, and raise its error if it had one (UserError: of the disk)."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def _settled(self) -> UserError | None:
+        """Wait for the write under way; its trouble, which stays for `trouble` to tell. Raises any other error."""
+        if self._pending is not None and not isinstance(self._pending.exception(), UserError):
+            self.wait()
+        return self.trouble()
+
+    def _folder(self, step: int) -> Path:
+        """Where a step's checkpoint is written."""
+        final = folder_of(self.root, step)
+        return final.with_name(f".tmp-{final.name}")
 
     def latest(self, verify: bool = True) -> Checkpoint | None:
         """The newest good checkpoint, or None when there is none. For rank 0: it tells the others the step to open.
@@ -180,40 +215,40 @@ class CheckpointStore:
             raise UserError(f"rank {self.rank} cannot open the checkpoint of step {step}: {error}") from error
 
     def _write(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
-        final = folder_of(self.root, step)
-        folder = final.with_name(f".tmp-{final.name}")
+        folder = self._folder(step)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            entries: dict[str, dict[str, Any]] = {}
-            for index, piece in enumerate(pieces(tensors)):
-                name = f"rank-{self.rank:05d}-{index:03d}.safetensors"
-                entries[name] = write_tensors(folder / name, piece)
-            write_atomically(folder / _report(self.rank), json.dumps(entries).encode())
+            self.root.mkdir(exist_ok=True)  # not its parents: a run folder that has gone has taken config.yaml along
+            folder.mkdir(exist_ok=True)
             if self.rank == 0:
-                self._publish(step, folder, final, state)
+                check_space(folder, _size_of_last(self.root))
+            parts.write(folder, self.rank, tensors)
+            if self.rank == 0:
+                self._publish(step, folder, folder_of(self.root, step), state)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            text = parts.describe(error, step, self.rank, self.root, folder)
+            self._give_up(folder, text)
+            raise UserError(text) from error
+        except UserError as error:
+            self._give_up(folder, str(error))
+            raise
+
+    def _give_up(self, folder: Path, text: str) -> None:
+        """Free the space of what was written; rank 0 of all of it, another rank of its own, and leaves word of why."""
+        if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(
-                f"no space for the checkpoint of step {step} in {self.root} (rank {self.rank}): {error.strerror}; "
-                "earlier checkpoints are intact: free space or lower checkpoint.keep_last, and run again"
-            ) from error
+        else:
+            parts.withdraw(folder, self.rank, text)
 
     def _publish(self, step: int, folder: Path, final: Path, state: dict[str, Any]) -> None:
         """Rank 0: wait for all ranks, write state.json, rename the folder, prune."""
-        self._await_ranks(step, folder)
-        files: dict[str, dict[str, Any]] = {}
-        for rank in range(self.world_size):
-            files |= json.loads((folder / _report(rank)).read_bytes())
+        files = parts.gather(folder, step, self.world_size, self.patience_s, self._abandoned)
         names = [name for entry in files.values() for name in entry["tensors"]]
         if len(names) != len(set(names)):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"tensors owned by more than one rank: {', '.join(twice[:5])}")
         body = {"format": FORMAT, "step": step, "world_size": self.world_size, "state": state, "files": files}
         write_atomically(folder / STATE, json.dumps(body | {"sha256": _digest(body)}, indent=1).encode())
-        for rank in range(self.world_size):
-            (folder / _report(rank)).unlink()
+        parts.clear(folder, self.world_size)
         fsync_folder(folder)
         replaced = final.with_name(f".replaced-{final.name}")
         if final.exists():
@@ -222,20 +257,6 @@ class CheckpointStore:
         fsync_folder(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune()
-
-    def _await_ranks(self, step: int, folder: Path) -> None:
-        deadline = time.monotonic() + self.patience_s
-        pause = 0.005
-        while missing := [rank for rank in range(self.world_size) if not (folder / _report(rank)).exists()]:
-            if self._abandoned.is_set():  # the others may have died of the same error
-                deadline = min(deadline, time.monotonic() + LAST_PATIENCE_S)
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"ranks {missing} did not write their part of the checkpoint of step {step} into {folder} within "
-                    f"{self.patience_s:.0f} s: see their output; run.dir must be a folder that all nodes share"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
 
     def _prune(self) -> None:
         steps = steps_in(self.root)
@@ -247,8 +268,13 @@ class CheckpointStore:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _report(rank: int) -> str:
-    return f"rank-{rank:05d}.json"
+def _size_of_last(root: Path) -> int:
+    """Bytes of the newest checkpoint, which the next one will need too; 0 when there is none."""
+    try:
+        files = _read_state(folder_of(root, steps_in(root)[-1]) / STATE)["files"]
+    except (IndexError, Damaged):
+        return 0
+    return sum(entry["bytes"] for entry in files.values())
 
 
 def _free_name(path: Path) -> Path:

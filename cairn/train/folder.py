@@ -1,9 +1,12 @@
 """The run folder: where everything a run leaves behind lives, and whether a config may go on in it."""
 
+import errno
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +52,18 @@ class RunFolder:
         """Make the folder, or check that this config may go on in it; config.yaml then holds the given one.
 
         Returns whether the folder held a run already. Only one rank calls this. Raises UserError listing the keys
-        that differ, or when the folder cannot be made.
+        that differ, or when the folder cannot be made or written.
         """
-        try:
+        with disk_errors(f"run folder {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; set run.dir to a folder that can be written") from error
         existed = self.config.exists()
         if existed and (changes := self._changes(config)):
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(changes)}): "
                 "choose another run.name, or put these keys back"
             )
-        write_atomically(self.config, dump(config).encode())
+        with disk_errors(str(self.config)):
+            write_atomically(self.config, dump(config).encode())
         return existed
 
     def rows(self) -> list[dict[str, Any]]:
@@ -78,11 +80,15 @@ class RunFolder:
         return {key: value for key, value in evaluations[-1].items() if key != "step"} if evaluations else {}
 
     def keep_tokenizer(self, save: Callable[[Path], None]) -> None:
-        """Have `save` write the tokenizer, in one step, unless the folder has it: whoever reads the model needs it."""
+        """Have `save` write the tokenizer, in one step, unless the folder has it: whoever reads the model needs it.
+
+        Raises UserError when the folder cannot be written.
+        """
         if not self.tokenizer.exists():
             temporary = self.tokenizer.with_name(".tokenizer.tmp")
-            save(temporary)
-            temporary.rename(self.tokenizer)
+            with disk_errors(str(self.tokenizer)):
+                save(temporary)
+                temporary.rename(self.tokenizer)
 
     def _changes(self, config: RunConfig) -> list[str]:
         """Keys that may not differ and do. One that the version which wrote config.yaml had not yet has its default."""
@@ -127,12 +133,45 @@ def format_row(row: dict[str, Any]) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content: after a kill it holds the old or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb", buffering=0) as file:  # a buffer would be written once more when the file is closed
+            write_whole(file, content)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     fsync_folder(path.parent)
+
+
+def write_whole(file: io.FileIO, content: bytes | memoryview) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Raise the OSError of what is done to a file or folder as a UserError, which begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {explain(error)}") from error
+
+
+def explain(error: OSError) -> str:
+    """What is wrong with a file system, and what to do about it."""
+    text = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}: free space there and run again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{text}: make it writable, or set run.dir to a folder that is"
+    if error.errno in (errno.ENOENT, errno.ESTALE):
+        return "it vanished while the run was using it: put it back and run again, or choose another run.name"
+    if error.errno == errno.EIO:
+        return f"{text}: its disk or file server fails; move the run elsewhere (run.dir) and run again"
+    return f"{text}; set run.dir to a folder that can be written"
 
 
 def fsync_folder(path: Path) -> None:

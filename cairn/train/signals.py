@@ -2,13 +2,17 @@
 
 import os
 import signal
+import sys
+from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Self
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Self
 
 from cairn.cluster import Cluster
+from cairn.errors import QuietError, UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -24,8 +28,10 @@ class StopSignal:
         """The signal that stops the run; on other ranks than those it reached, "a signal on another rank"."""
         self._cluster = cluster
         self._group: dist.ProcessGroup | None = None
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._flags: Tensor
+        """Being reduced: whether there was a signal, and world size - rank of the lowest rank in trouble."""
         self._pending: dist.Work | None = None
+        self._trouble: UserError | None = None
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -44,22 +50,56 @@ class StopSignal:
         if self._cluster.is_main:  # not print, which may be what was interrupted
             os.write(2, f"\n{self.name}: stopping after this step or evaluation (a second Ctrl-C: at once)\n".encode())
 
-    def agreed(self) -> bool:
+    def agreed(self, trouble: UserError | None = None) -> bool:
         """Whether to stop now; call once a step on every rank. True on all ranks at the same call.
 
         The all-reduce launched at one call is read at the next, so no step waits for it: a signal stops the run one
-        or two steps later.
+        or two steps later. So does `trouble`, what has gone wrong on this rank alone (a disk is full): where any rank
+        has some, every rank raises at the same call, the lowest such rank its UserError and the others QuietError.
+        A trouble that comes after the last call of a run is for `Cluster.on_all`.
         """
-        if self._cluster.world_size == 1:
+        rank, world_size = self._cluster.rank, self._cluster.world_size
+        if world_size == 1:
+            if trouble is not None:
+                raise trouble
             return self.name is not None
+        import torch
+        import torch.distributed as dist
+
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")  # the flag lives on the CPU, whatever the device
+            self._group = dist.new_group(backend="gloo")  # the flags live on the CPU, whatever the device
         stop = False
         if self._pending is not None:
             self._pending.wait()
-            stop = bool(self._flag.item())
+            stopped, teller = self._flags.tolist()
+            if teller:
+                self._pending = None
+                if self._trouble is not None and teller == world_size - rank:
+                    raise self._trouble
+                raise QuietError(f"rank {world_size - teller} cannot go on")
+            stop = bool(stopped)
             if stop and self.name is None:
                 self.name = "a signal on another rank"
-        self._flag = torch.tensor([self.name is not None], dtype=torch.int32)
-        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._trouble = trouble
+        mine = [int(self.name is not None), 0 if trouble is None else world_size - rank]
+        self._flags = torch.tensor(mine, dtype=torch.int32)
+        self._pending = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
+
+
+def leave_at_signal(cluster: Cluster) -> None:
+    """From here on SIGTERM and SIGUSR1 end this process at once, with exit status 0 and a line from the main rank.
+
+    For the time before the loop, when there is nothing to save, or after it: preparing the corpus and loading what has
+    been saved go on where they were after any kill. A StopSignal takes over within. Ctrl-C stays as it is.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        with suppress(RuntimeError, OSError):  # it may be what was interrupted
+            sys.stdout.flush()
+        if cluster.is_main:
+            os.write(2, f"stopped by {signal.Signals(number).name}: the same command goes on\n".encode())
+        os._exit(0)  # an exception might be raised, and lost, in some library's import
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)

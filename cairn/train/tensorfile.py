@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cairn.train.folder import write_whole
+
 PIECE_BYTES = 4 << 30  # a file of a checkpoint holds at most this much (or one tensor)
 
 DTYPES = {
@@ -63,17 +65,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         offset = span[1]
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    free = shutil.disk_usage(path.parent).free
-    if free < offset:
-        raise OSError(errno.ENOSPC, f"{path} needs {offset:,} bytes, {free:,} are free")
+    check_space(path.parent, offset)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
         for view in (memoryview(len(head).to_bytes(8, "little") + head), *(_raw(tensor) for _, tensor in ordered)):
             digest.update(view)
-            while view:
-                view = view[file.write(view) :]
+            write_whole(file, view)
         os.fsync(file.fileno())
     return {"bytes": 8 + len(head) + offset, "sha256": digest.hexdigest(), "tensors": list(header)}
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise the OSError of a full disk, with the numbers, before `needed` bytes are written into a folder."""
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < needed:  # a total of 0: a file system that does not say
+        raise OSError(errno.ENOSPC, f"{folder} needs {needed:,} bytes, {usage.free:,} are free")
 
 
 def _raw(tensor: Tensor) -> memoryview:

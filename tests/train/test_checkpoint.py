@@ -216,6 +216,8 @@ def test_a_full_disk_names_path_and_bytes(tmp_path: Path, background: bool, monk
 
 
 class _Usage:
+    total = 1000
+
     def __init__(self, free: int) -> None:
         self.free = free
 

@@ -9,9 +9,10 @@ import pytest
 
 from cairn.config.train import TrackSection
 from cairn.errors import UserError
-from cairn.train import track
+from cairn.train import display, track
+from cairn.train.display import describe
 from cairn.train.folder import RunFolder
-from cairn.train.track import Tracker, describe
+from cairn.train.track import Tracker
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_a_file_gets_a_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(track.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
     with tracker(tmp_path) as t:
         for step in range(1, 11):
             t.rows([row(step) | {"tokens_per_s": 12345.6, "mfu": 0.41}])
