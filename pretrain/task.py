@@ -1,15 +1,18 @@
 """Pretraining a language model, as a Task: the objective gives samples and losses, the model section the network."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cairn.config.schema import PretrainConfig
 from cairn.data.batches import Batch, Samples
 from cairn.data.prepare import Prepared
 from cairn.models.build import build_model, flops_per_token, padded_vocab
+from cairn.objectives.base import Piece, Split, TextSamples
 from cairn.objectives.build import build_objective
 from cairn.train.engine import Engine
 from cairn.train.task import Engines, LossTask
@@ -29,9 +32,31 @@ class LanguageModel(LossTask):
 
     def samples(self, split: str) -> Samples:
         """Sequences of `config.seq_len` tokens."""
+        return self.training_samples if split == "train" else self._samples("valid")
+
+    @cached_property
+    def training_samples(self) -> TextSamples:
+        """Of "train". Kept: opening the shards again for each `origin` would be slow."""
+        return self._samples("train")
+
+    def _samples(self, split: Split) -> TextSamples:
         return self.objective.samples(
             self.prepared, split, self.config.seq_len, self.config.seed, self.config.data.document_mask
         )
+
+    def origin(self, index: int) -> list[str]:
+        """`file:line` (or `file row N` and such) of each document in training sample `index`, in order, each once."""
+        return list(dict.fromkeys(where for where, _, _ in self.documents(index)))
+
+    def documents(self, index: int) -> Iterator[tuple[str, Piece, NDArray[np.int32]]]:
+        """Where each document in training sample `index` comes from, which part of it the sample holds, and that
+        part's tokens, none of them masked."""
+        samples = self.training_samples
+        for span in samples.spans(index):
+            stream, tokens = samples.windows.streams[span.stream], samples.windows.read(span)
+            for piece in samples.windows.pieces(span):
+                where = self.prepared.origin(span.stream, stream, piece.document)
+                yield where, piece, tokens[piece.start - span.at : piece.stop - span.at]
 
     def weights(self, batch: Batch) -> dict[str, float]:
         """Targets of each loss term."""

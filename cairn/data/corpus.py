@@ -171,7 +171,12 @@ def _ranges(file: Part, wanted: int) -> Iterator[Part]:
 
 
 def documents(part: Part, field: str) -> Iterator[str]:
-    """The documents of a part, empty ones included.
+    """The documents of a part, empty ones included. Raises UserError as `located` does."""
+    return (text for _, text in located(part, field))
+
+
+def located(part: Part, field: str) -> readers.Documents:
+    """The documents of a part, empty ones included, with their places.
 
     Raises UserError naming file and line or row where one cannot be read.
     """

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cairn.data.corpus import Part, documents
+from cairn.data.corpus import Part, located
 from cairn.data.manifest import SplitInfo, UnitInfo, write_json
+from cairn.data.origin import Origins
 from cairn.data.shards import Shard, ShardWriter, bin_path, sync, temporary
 from cairn.data.tokenizer import Tokenizer, load_tokenizer
 from cairn.errors import UserError
@@ -81,7 +82,7 @@ def decide_split(texts: Iterable[str], held_out: float, source: str) -> Split:
 
 @dataclass(frozen=True)
 class Job:
-    """A unit of work, and where its results go: PREFIX.train, PREFIX.valid, PREFIX.valid.jsonl.zst, PREFIX.json."""
+    """A unit of work, and where its results go: PREFIX.train, .valid, .valid.jsonl.zst, .origin.npz and .json."""
 
     parts: tuple[Part, ...]
     text_field: str
@@ -162,6 +163,7 @@ def _encode(job: Job, tokenizer: Tokenizer, held_out: "zstandard.ZstdCompression
     size = {"train": 0, "valid": 0}
     empty = 0
     source_hash = hashlib.sha256()
+    origins = Origins()
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(ShardWriter(shard_prefix(job.prefix, name), tokenizer.vocab_size))
@@ -178,24 +180,34 @@ def _encode(job: Job, tokenizer: Tokenizer, held_out: "zstandard.ZstdCompression
 
         batch: list[tuple[str, str]] = []
         waiting = 0
-        for text in (text for part in job.parts for text in documents(part, job.text_field)):
+        for line, text in _read(job, origins):
             if not text:
                 empty += 1
                 continue
             digest = digest_of(text)
             source_hash.update(digest)
-            shares = zip(size, job.split.parts(text, digest), strict=True)
-            batch += [(name, share) for name, share in shares if share]
+            for name, share in zip(size, job.split.parts(text, digest), strict=True):
+                if share:
+                    origins.add(name, line)
+                    batch.append((name, share))
             waiting += len(text)
             if waiting >= BATCH:
                 write(batch)
                 batch, waiting = [], 0
         write(batch)
+    origins.write(job.prefix)
     train, valid = (
         SplitInfo(documents=w.n_documents, tokens=w.n_tokens, bytes=size[name], sha256=w.sha256)
         for name, w in writers.items()
     )
     return UnitInfo(name=job.prefix.name, empty=empty, sha256=source_hash.hexdigest(), train=train, valid=valid)
+
+
+def _read(job: Job, origins: Origins) -> Iterator[tuple[int, str]]:
+    """The documents of a unit with their places, telling `origins` where a part ends."""
+    for part in job.parts:
+        lines = yield from located(part, job.text_field)
+        origins.end_part(part, lines)
 
 
 def read_held_out(prefix: Path) -> Iterator[str]:

@@ -4,6 +4,7 @@
     data/NAME-HASH/tokenizer/          what load_tokenizer reads
     data/NAME-HASH/S-UNIT.train.bin    Megatron shards of source S, .idx beside; likewise .valid
     data/NAME-HASH/S-UNIT.valid.jsonl.zst   held-out text;   S-UNIT.json   what the unit holds
+    data/NAME-HASH/S-UNIT.origin.npz   file and line of each document
 
 HASH covers what decides the content: sources (with size and time of every file), text fields, tokenizer section and
 held-out share. Shards do not depend on the number of workers. A lock makes a second run wait for the first; where the
@@ -29,6 +30,7 @@ from cairn.data import baselines, megatron
 from cairn.data.corpus import Listing, Part, divide, documents, list_source, megatron_prefix
 from cairn.data.encode import Job, Split, check_unit, decide_split, read_held_out, shard_prefix
 from cairn.data.manifest import FORMAT, Manifest, SourceInfo, SplitName, TokenizerInfo, UnitInfo, read_manifest
+from cairn.data.origin import origin
 from cairn.data.pool import encode_all, say
 from cairn.data.shards import Shard, TokenStream, Window, allow_many_files
 from cairn.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
@@ -51,13 +53,7 @@ def prepare(data: DataSection, tokenizer: TokenizerSection) -> Path:
 
     Safe when several runs call it at once. Raises UserError naming the file and line of what cannot be used.
     """
-    sources = (
-        [SourceSection(source=data.source, text_field=data.text_field)] if isinstance(data.source, str) else data.source
-    )
-    if not sources:
-        raise UserError("data.source: the list is empty")
-    listed = [_listed(section, tokenizer) for section in sources]
-    folder = Path(data.dir) / f"{_name(listed)}-{_key(data, tokenizer, sources, listed)}"
+    sources, listed, folder = _named(data, tokenizer)
     manifest = _whole(folder)
     if manifest is None:
         try:
@@ -69,6 +65,30 @@ def prepare(data: DataSection, tokenizer: TokenizerSection) -> Path:
                 raise
             raise UserError(f"data.dir {folder}: {error.strerror}; make room there, or set data.dir") from error
     return _weighted(folder, manifest, [section.weight for section in sources])
+
+
+def find_prepared(data: DataSection, tokenizer: TokenizerSection) -> Path | None:
+    """The folder that `prepare` would return, if it is there and whole; makes nothing.
+
+    Raises UserError for a source that cannot be found.
+    """
+    sources, _, folder = _named(data, tokenizer)
+    manifest = _whole(folder)
+    if manifest is None:
+        return None
+    view = _view(folder, manifest, [section.weight for section in sources])
+    return view if read_manifest(view) else None
+
+
+def _named(data: DataSection, tokenizer: TokenizerSection) -> tuple[list[SourceSection], list[Listing | Path], Path]:
+    """The sources, what each of them is, and the folder of their shards."""
+    sources = (
+        [SourceSection(source=data.source, text_field=data.text_field)] if isinstance(data.source, str) else data.source
+    )
+    if not sources:
+        raise UserError("data.source: the list is empty")
+    listed = [_listed(section, tokenizer) for section in sources]
+    return sources, listed, Path(data.dir) / f"{_name(listed)}-{_key(data, tokenizer, sources, listed)}"
 
 
 def _listed(section: SourceSection, tokenizer: TokenizerSection) -> Listing | Path:
@@ -213,12 +233,18 @@ def _describe(text: Text, units: list[UnitInfo]) -> SourceInfo:
     )
 
 
-def _weighted(folder: Path, manifest: Manifest, weights: list[float]) -> Path:
-    """The folder, or one beside it that differs in the weights alone and has no shards of its own."""
+def _view(folder: Path, manifest: Manifest, weights: list[float]) -> Path:
     if [source.weight for source in manifest.sources] == weights:
         return folder
     name = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:6]
-    view = folder.with_name(f"{folder.name}-{name}")
+    return folder.with_name(f"{folder.name}-{name}")
+
+
+def _weighted(folder: Path, manifest: Manifest, weights: list[float]) -> Path:
+    """The folder, or one beside it that differs in the weights alone and has no shards of its own."""
+    view = _view(folder, manifest, weights)
+    if view == folder:
+        return folder
     view.mkdir(exist_ok=True)
     sources = [
         source.model_copy(update={"weight": weight}) for source, weight in zip(manifest.sources, weights, strict=True)
@@ -257,6 +283,15 @@ class Prepared:
             shard = Shard(shard_prefix(self._base / unit.name, split))
             windows.append(Window(shard, 0, shard.n_documents))
         return TokenStream(windows, source.bytes(split))
+
+    def origin(self, number: int, stream: TokenStream, document: int) -> str:
+        """Where a document of source `number` came from: `file:line`, `file row N`, or `prefix document N`."""
+        shard, inside = stream.shard_of(document)
+        if self.manifest.sources[number].megatron:
+            return f"{shard.prefix} document {inside}"
+        units = [self._base / unit.name for unit in self.manifest.sources[number].units]
+        name, _, split = shard.prefix.name.rpartition(".")
+        return origin(units, units.index(self._base / name), "train" if split == "train" else "valid", inside)
 
     def held_out_text(self) -> Iterator[str]:
         """The held-out documents as they were in the sources; none of Megatron prefixes, whose text is not known."""

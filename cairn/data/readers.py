@@ -1,4 +1,4 @@
-"""One reader a format. Each yields strings and names the file and the line or row of what it cannot read."""
+"""One reader a format. Each yields documents with their places, and names the line or row of what it cannot read."""
 
 import csv
 import gzip
@@ -6,13 +6,18 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 from cairn.errors import UserError
+
+Documents = Generator[tuple[int, str], None, int]
+"""Documents, each with its place: the line it begins on, counted from 1 at the start of the range; the number of its
+row from 0 (Parquet, datasets), or of its element from 1 (a JSON array). Returns the lines that begin in the range; 0
+where places are not counted in the range's lines."""
 
 
 @contextmanager
@@ -60,20 +65,20 @@ def skip_to_line(file: IO[bytes], start: int) -> int:
     return start - 1 + len(file.readline())
 
 
-def read_text(path: str, start: int, stop: int | None, longest: int) -> Iterator[str]:
+def read_text(path: str, start: int, stop: int | None, longest: int) -> Documents:
     """The lines that begin in bytes [start, stop) as one document; without a range, the file, cut past `longest`."""
     with opened(path) as file:
         at = skip_to_line(file, start)
         if stop is not None and at >= stop and stop > 0:
-            return  # a single line covers this range
-        end = stop
+            return 0  # a single line covers this range
+        end, lines = stop, 0
         while True:
             data = file.read(longest if end is None else end - at)
             if data and not data.endswith(b"\n"):
                 data += file.readline()
             if data or at == 0:
                 try:
-                    yield data.decode()
+                    yield lines + 1, data.decode()
                 except UnicodeDecodeError as error:
                     line = lines_before(path, at + error.start) + 1
                     place = f"line {line} (byte {at + error.start})"
@@ -81,18 +86,21 @@ def read_text(path: str, start: int, stop: int | None, longest: int) -> Iterator
                         f"{path}: {place} is not UTF-8 ({error.reason}); convert the file, e.g. with iconv"
                     ) from error
             at += len(data)
+            lines += data.count(b"\n")
             if end is not None or not data:
-                return
+                return lines
 
 
-def read_lines(path: str, start: int, stop: int | None, field: str) -> Iterator[str]:
+def read_lines(path: str, start: int, stop: int | None, field: str) -> Documents:
     """The text field of each JSON line that begins in bytes [start, stop). Blank lines are passed over."""
     with opened(path) as file:
         at = skip_to_line(file, start)
-        for count, line in enumerate(file):
+        count = 0
+        for line in file:
             if stop is not None and at >= stop:
-                return
+                break
             begun, at = at, at + len(line)
+            count += 1
             if not line.strip():
                 continue
             try:
@@ -101,12 +109,13 @@ def read_lines(path: str, start: int, stop: int | None, field: str) -> Iterator[
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not JSON ({error})"
             if problem:
-                number = (lines_before(path, begun) if start else count) + 1
+                number = lines_before(path, begun) + 1 if start else count
                 raise UserError(f"{path}: line {number} {problem}")
-            yield row[field] or ""
+            yield count, row[field] or ""
+    return count
 
 
-def read_json(path: str, field: str) -> Iterator[str]:
+def read_json(path: str, field: str) -> Documents:
     """The text field of each object of one JSON array; a .json file that begins otherwise is read as JSON lines."""
     with opened(path) as file:
         head = file.read(64)
@@ -114,13 +123,12 @@ def read_json(path: str, field: str) -> Iterator[str]:
         if is_array:
             text = decode(head + file.read(), path, "the file")
     if not is_array:
-        yield from read_lines(path, 0, None, field)
-        return
+        return (yield from read_lines(path, 0, None, field))
     try:
         rows = json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    yield from _texts(rows, path, "element", 1, field)
+    return (yield from _texts(rows, path, "element", 1, field))
 
 
 def _problem(row: Any, field: str) -> str:
@@ -139,14 +147,15 @@ def _problem(row: Any, field: str) -> str:
     return ""
 
 
-def _texts(rows: Iterable[Any], path: str, unit: str, first: int, field: str) -> Iterator[str]:
+def _texts(rows: Iterable[Any], path: str, unit: str, first: int, field: str) -> Documents:
     for number, row in enumerate(rows, first):
         if problem := _problem(row, field):
             raise UserError(f"{path}: {unit} {number} {problem}")
-        yield row[field] or ""
+        yield number, row[field] or ""
+    return 0
 
 
-def read_csv(path: str, field: str, separator: str) -> Iterator[str]:
+def read_csv(path: str, field: str, separator: str) -> Documents:
     """The text column of a file with a header."""
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is short for documents
     with opened(path) as file:
@@ -157,15 +166,18 @@ def read_csv(path: str, field: str, separator: str) -> Iterator[str]:
                 names = ", ".join(map(repr, header)) or "none"
                 raise UserError(f"{path}: no column {field!r} in the header, only {names}; set data.text_field")
             column = header.index(field)
+            begun = reader.line_num + 1  # a row may have several lines
             for row in reader:
                 if row and len(row) <= column:
                     raise UserError(f"{path}: line {reader.line_num} has {len(row)} columns, the header {len(header)}")
                 if row:
-                    yield row[column]
+                    yield begun, row[column]
+                begun = reader.line_num + 1
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 after line {reader.line_num} ({error.reason})") from error
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num} is malformed ({error})") from error
+    return 0
 
 
 def _parquet(path: str) -> Any:
@@ -184,7 +196,7 @@ def row_groups(path: str) -> int:
     return count
 
 
-def read_parquet(path: str, start: int, stop: int, field: str) -> Iterator[str]:
+def read_parquet(path: str, start: int, stop: int, field: str) -> Documents:
     """The text column of row groups [start, stop)."""
     import pyarrow
 
@@ -201,6 +213,7 @@ def read_parquet(path: str, start: int, stop: int, field: str) -> Iterator[str]:
         raise UserError(f"{path}: damaged near row {number} ({error})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: near row {number}: not UTF-8 ({error.reason})") from error
+    return 0
 
 
 @lru_cache(maxsize=2)  # a worker reads many ranges of one dataset, and opening takes a second
@@ -238,7 +251,7 @@ def dataset_facts(spec: str) -> tuple[int, int, str]:
     return len(found), int(found.data.nbytes), f"datasets:{spec} {found._fingerprint} {len(found)}"
 
 
-def read_dataset(spec: str, start: int, stop: int, field: str) -> Iterator[str]:
+def read_dataset(spec: str, start: int, stop: int, field: str) -> Documents:
     """The text column of rows [start, stop)."""
     found = _dataset(spec)
     if field not in found.column_names:
@@ -247,3 +260,4 @@ def read_dataset(spec: str, start: int, stop: int, field: str) -> Iterator[str]:
     for first in range(start, stop, 256):
         rows = ({field: text} for text in found[first : min(first + 256, stop)][field])
         yield from _texts(rows, f"datasets:{spec}", "row", first, field)
+    return 0

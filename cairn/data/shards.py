@@ -248,6 +248,14 @@ class TokenStream:
         found = bisect_right(range(window.first, window.last), inside, key=window.shard.start) - 1
         return self._documents[at] + found
 
+    def shard_of(self, document: int) -> tuple[Shard, int]:
+        """The shard of a document and its number there. Raises IndexError outside [0, n_documents)."""
+        if not 0 <= document < self.n_documents:
+            raise IndexError(f"document {document} of {self.n_documents}")
+        at = bisect_right(self._documents, document) - 1
+        window = self._windows[at]
+        return window.shard, window.first + document - self._documents[at]
+
     def document_bounds(self, document: int) -> tuple[int, int]:
         """First token of a document and the one after its last. Raises IndexError outside [0, n_documents)."""
         if not 0 <= document < self.n_documents:

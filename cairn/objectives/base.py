@@ -1,7 +1,8 @@
 """What objectives share: which stretch of which corpus sample k is cut from, and the form of an objective."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -23,12 +24,44 @@ Model = Callable[..., Any]
 """A network, or the engine that runs it."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, stop) of a stream, `at` so many tokens into a sample; a `stop` past the end goes round."""
+
+    stream: int
+    start: int
+    stop: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a sample holds of one document: tokens [start, stop) of the sample, from token `first` of the document."""
+
+    document: int
+    start: int
+    stop: int
+    first: int
+    length: int
+    """Tokens of the whole document, its end token included."""
+
+
+class TextSamples(Samples, Protocol):
+    """Samples cut from streams of tokens."""
+
+    windows: "Windows"
+
+    def spans(self, k: int) -> list[Span]:
+        """The stretches of text in sample k, in order."""
+        ...
+
+
 class Objective(Protocol):
     """What is predicted: samples from a corpus, and the loss of a batch as sums over targets."""
 
     def samples(
         self, prepared: "Prepared", split: Split, seq_len: int, seed: int, document_mask: bool = False
-    ) -> Samples:
+    ) -> TextSamples:
         """Samples of `seq_len` tokens: endless and shuffled from "train", each stretch once from "valid"."""
         ...
 
@@ -86,14 +119,30 @@ class Windows:
         cut = mix(self.seed, number, place // self.counts[number])
         return number, (self._orders[number][place] * self.stride + cut) % self.streams[number].n_tokens
 
-    def read(self, number: int, start: int, length: int) -> NDArray[np.int32]:
-        """`length` tokens (T,) from `start` on; of "train" round the circle, of "valid" what is left of the stream."""
-        stream = self.streams[number]
+    def span(self, number: int, start: int, length: int, at: int = 0) -> Span:
+        """`length` tokens from `start` on; of "train" round the circle, of "valid" what is left of the stream."""
         stop = start + length
-        if stop <= stream.n_tokens:
-            return stream.read(start, stop)
-        first = stream.read(start, stream.n_tokens)
-        return first if self.split == "valid" else np.concatenate([first, stream.read(0, stop - stream.n_tokens)])
+        return Span(number, start, stop if self.split == "train" else min(stop, self.streams[number].n_tokens), at)
+
+    def read(self, span: Span) -> NDArray[np.int32]:
+        """The tokens (T,) of a span."""
+        stream = self.streams[span.stream]
+        if span.stop <= stream.n_tokens:
+            return stream.read(span.start, span.stop)
+        first, rest = stream.read(span.start, stream.n_tokens), stream.read(0, span.stop - stream.n_tokens)
+        return np.concatenate([first, rest])
+
+    def pieces(self, span: Span) -> Iterator[Piece]:
+        """The documents of a span, in order."""
+        stream, done = self.streams[span.stream], span.start
+        while done < span.stop:
+            token = done % stream.n_tokens
+            document = stream.document_at(token)
+            first, last = stream.document_bounds(document)
+            stop = min(done + last - token, span.stop)
+            start = span.at + done - span.start
+            yield Piece(document, start, start + stop - done, token - first, last - first)
+            done = stop
 
 
 def targets(labels: Tensor) -> float:

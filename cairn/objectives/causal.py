@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cairn.data.batches import IGNORE, Batch, Item
-from cairn.objectives.base import Model, Split, Windows, targets
+from cairn.objectives.base import Model, Span, Split, Windows, targets
 
 if TYPE_CHECKING:
     from cairn.data.prepare import Prepared
@@ -49,17 +49,21 @@ class CausalSamples:
     def __len__(self) -> int:
         return len(self.windows)
 
+    def spans(self, k: int) -> list[Span]:
+        """The window of sample k: its input tokens, and the one after them, a target only."""
+        return [self.windows.span(*self.windows.locate(k), self.seq_len + 1)]
+
     def item(self, k: int) -> Item:
         """Sample k."""
-        number, start = self.windows.locate(k)
-        tokens = self.windows.read(number, start, self.seq_len + 1)
+        (span,) = self.spans(k)
+        tokens = self.windows.read(span)
         size = len(tokens) - 1
         input_ids = np.zeros(self.seq_len, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORE, dtype=np.int64)
         input_ids[:size], labels[:size] = tokens[:-1], tokens[1:]
         if not self.document_mask:
             return {"input_ids": input_ids, "labels": labels}
-        documents = document_ids(self.windows.streams[number], start, self.seq_len + 1)
+        documents = document_ids(self.windows.streams[span.stream], span.start, self.seq_len + 1)
         labels[documents[1:] != documents[:-1]] = IGNORE
         return {"input_ids": input_ids, "labels": labels, "document_ids": documents[:-1]}
 

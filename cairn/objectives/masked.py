@@ -11,13 +11,12 @@ from cairn.data.batches import IGNORE, Batch, Item
 from cairn.data.order import mix
 from cairn.data.tokenizer import Tokenizer
 from cairn.errors import UserError
-from cairn.objectives.base import Model, Split, Windows, targets
+from cairn.objectives.base import Model, Span, Split, Windows, targets
 
 if TYPE_CHECKING:
     from cairn.data.prepare import Prepared
     from cairn.data.shards import TokenStream
 
-Tokens = NDArray[np.int32]
 VALID_SEED = 0x5EED
 
 
@@ -152,21 +151,30 @@ class MaskedSamples:
     def __len__(self) -> int:
         return len(self.windows)
 
-    def item(self, k: int) -> Item:
-        """Sample k."""
+    def spans(self, k: int) -> list[Span]:
+        """A, and B where there are pairs."""
+        return self._draw(k)[0]
+
+    def _draw(self, k: int) -> tuple[list[Span], int, np.random.Generator]:
+        """The spans of sample k, the label of a pair, and the generator that masks it."""
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, k], dtype=np.uint64)))
         number, start = self.windows.locate(k)
         size = self.windows.stride
         if rng.random() < self.short_prob:
             size = int(rng.integers(2, size + 1))
-        extra: Item = {}
-        if self.pairs:
-            a, b, label = self._pair(self.windows.streams[number], start, size, rng)
-            extra["next_sentence_label"] = np.array(label, dtype=np.int64)
-            tokens = np.concatenate([[self.cls_id], a, [self.sep_id], b, [self.sep_id]]).astype(np.int64)
-        else:
-            a = self.windows.read(number, start, size)
-            tokens = np.concatenate([[self.cls_id], a, [self.sep_id]]).astype(np.int64)
+        if not self.pairs:
+            return [self.windows.span(number, start, size, at=1)], 0, rng
+        a, b, label = self._pair(self.windows.streams[number], start, size, rng)
+        return [Span(number, *a, at=1), Span(number, *b, at=2 + a[1] - a[0])], label, rng
+
+    def item(self, k: int) -> Item:
+        """Sample k."""
+        spans, label, rng = self._draw(k)
+        extra: Item = {"next_sentence_label": np.array(label, dtype=np.int64)} if self.pairs else {}
+        texts = [self.windows.read(span) for span in spans]
+        tokens = np.concatenate([[self.cls_id], *(part for text in texts for part in (text, [self.sep_id]))])
+        tokens = tokens.astype(np.int64)
+        if not self.pairs:
             tokens[tokens == self.eos_id] = self.sep_id
         hidden, labels = self.masker(tokens, rng)
         real = len(tokens)
@@ -183,18 +191,18 @@ class MaskedSamples:
         out["target_positions"][: len(places)] = places
         out["input_ids"][:real], out["labels"][:real], out["attention_mask"][:real] = hidden, labels, 1
         if self.pairs:
-            out["segment_ids"][len(a) + 2 : real] = 1
+            out["segment_ids"][len(texts[0]) + 2 : real] = 1
         return out | extra
 
     def _pair(
         self, stream: "TokenStream", start: int, size: int, rng: np.random.Generator
-    ) -> tuple[Tokens, Tokens, int]:
-        """Spans A and B of `size` tokens together, fewer where the document has fewer, and the label."""
+    ) -> tuple[tuple[int, int], tuple[int, int], int]:
+        """Bounds of A and B, of `size` tokens together, fewer where the document has fewer, and the label."""
         document, first, last = self._body(stream, stream.document_at(start), 2, avoid=None)
         size = min(size, last - first)
         start = max(first, min(start, last - size))
         middle = start + int(rng.integers(1, size))
-        a, b, label = stream.read(start, middle), stream.read(middle, start + size), 0
+        a, b, label = (start, middle), (middle, start + size), 0
         if rng.random() < 0.5:
             # A token outside the document of A; of a corpus that is one document, any.
             alone = stream.n_documents == 1
@@ -202,8 +210,9 @@ class MaskedSamples:
             token = int(rng.integers(stream.n_tokens - (high - low)))
             token += (token >= low) * (high - low)
             _, first, last = self._body(stream, stream.document_at(token), 1, avoid=None if alone else document)
-            begin = max(first, min(token, last - len(b)))
-            b, label = stream.read(begin, min(begin + len(b), last)), int(begin != middle)
+            length = start + size - middle
+            begin = max(first, min(token, last - length))
+            b, label = (begin, min(begin + length, last)), int(begin != middle)
         return a, b, label
 
     def _body(self, stream: "TokenStream", document: int, least: int, avoid: int | None) -> tuple[int, int, int]:
