@@ -2,20 +2,23 @@
 
 import sys
 
+from cairn.cluster import Cluster
 from cairn.config.main import read_args, run_main
 from cairn.config.schema import PretrainConfig
+from cairn.train.signals import leave_at_signal
 
 
 def main() -> None:
     """Prepare the corpus if needed, train, say where the run is and how to go on."""
     config = read_args(PretrainConfig, sys.argv[1:])
 
-    from cairn.cluster import Cluster
+    cluster = Cluster.from_env()
+    leave_at_signal(cluster)
+
     from cairn.data.prepare import open_prepared, prepare
     from cairn.train.trainer import Trainer
     from pretrain.task import LanguageModel
 
-    cluster = Cluster.from_env()
     with cluster.init():
         folder = cluster.on_main(lambda: prepare(config.data, config.tokenizer))
         task = cluster.on_all(lambda: LanguageModel(config, open_prepared(folder)))

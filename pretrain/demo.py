@@ -42,7 +42,7 @@ def _show(config: PretrainConfig, seconds: float) -> None:
 
     from cairn.data.prepare import open_prepared, prepare
     from cairn.decode.generate import generate_text
-    from cairn.train.folder import RunFolder
+    from cairn.train.folder import RunFolder, disk_errors
     from cairn.train.report import loss_curve_png, write_report
     from cairn.train.run import load_model
 
@@ -62,7 +62,7 @@ def _show(config: PretrainConfig, seconds: float) -> None:
     console.print(table)
     run = load_model(folder.path, torch.device("cpu"))
     sample = generate_text(run, PROMPT, max_new_tokens=120, temperature=0.7, top_p=0.9, seed=1)
-    with folder.samples.open("a", encoding="utf-8") as file:  # the report shows it
+    with disk_errors(str(folder.samples)), folder.samples.open("a", encoding="utf-8") as file:  # the report shows it
         file.write(json.dumps({"step": run.step, "prompt": PROMPT, "text": sample}) + "\n")
     console.rule("a sample")
     console.print(PROMPT + sample, markup=False, highlight=False)

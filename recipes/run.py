@@ -4,8 +4,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from cairn.cluster import Cluster
 from cairn.config.main import read_args
 from cairn.config.schema import RunConfig
+from cairn.train.signals import leave_at_signal
 
 if TYPE_CHECKING:
     from cairn.train.folder import RunFolder
@@ -26,10 +28,11 @@ def run(schema: type[C], make: "Callable[[C], Recipe]") -> None:
     """Train what `make` makes of the command line's config; print how it ended and, of a whole run, its report."""
     config = read_args(schema, sys.argv[1:])
 
-    from cairn.cluster import Cluster
+    cluster = Cluster.from_env()
+    leave_at_signal(cluster)
+
     from cairn.train.trainer import train
 
-    cluster = Cluster.from_env()
     with cluster.init():
         task = cluster.on_all(lambda: make(config))
         outcome = train(task, config, cluster)

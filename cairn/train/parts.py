@@ -43,8 +43,10 @@ def withdraw(folder: Path, rank: int, text: str) -> None:
     word = folder / f"rank-{rank:05d}.failed"
     with suppress(OSError):
         folder.mkdir(exist_ok=True)
-        word.touch()
-        write_atomically(word, text.encode())
+        try:
+            write_atomically(word, text.encode())
+        except OSError:
+            word.touch()
 
 
 def gather(
