@@ -1,7 +1,9 @@
+import errno
 import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from cairn.train import display, track
 from cairn.train.display import describe
 from cairn.train.folder import RunFolder
 from cairn.train.track import Tracker
+from tests.train.disks import fill, make_read_only, small_disk
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +172,107 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
 def test_the_module_does_not_load_wandb() -> None:
     program = "import sys; import cairn.train.track; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_full_disk_is_told_with_the_file_and_no_method_raises(tmp_path: Path) -> None:
+    def record(disk: Path) -> None:
+        with tracker(disk) as t:
+            t.rows([row(1)])
+            t.sync()
+            assert t.trouble() is None
+            fill(disk, 0)
+            for step in range(2, 200):  # the file's last page has room for some
+                t.rows([row(step)])
+                t.sync()
+            assert "metrics.jsonl" in str(t.trouble())
+
+    with small_disk(tmp_path / "disk", 1) as disk:
+        with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device: free space"):
+            record(disk)
+        kept = [r["step"] for r in RunFolder(disk).rows()]
+        assert kept == list(range(1, len(kept) + 1))
+        assert 1 <= len(kept) < 199
+
+
+@pytest.mark.parametrize("act", [lambda t: t.rows([row(3)]), lambda t: t.truncate(1)], ids=["rows", "truncate"])
+def test_a_read_only_disk_is_told(tmp_path: Path, act: Callable[[Tracker], None]) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        with tracker(disk) as t:
+            t.rows([row(1), row(2)])
+        make_read_only(disk)
+        said = r"metrics\.jsonl: Read-only file system: make it writable"
+        with pytest.raises(UserError, match=said), tracker(disk) as t:
+            act(t)
+        assert len(RunFolder(disk).rows()) == 2
+
+
+def test_an_error_of_the_run_is_not_hidden_by_one_of_the_disk(tmp_path: Path) -> None:
+    def fail() -> None:
+        with tracker(tmp_path / "nowhere") as t:
+            t.rows([row(1)])
+            raise RuntimeError("of the run")
+
+    with pytest.raises(RuntimeError, match="of the run"):
+        fail()
+
+
+def test_a_file_that_was_removed_is_noticed_at_the_next_checkpoint(tmp_path: Path) -> None:
+    with tracker(tmp_path) as t:
+        t.rows([row(1)])
+        (tmp_path / "metrics.jsonl").unlink()
+        t.sync()
+        assert "metrics.jsonl: it vanished" in str(t.trouble())
+        t._trouble = None
+
+
+class Full:
+    """A mirror on a full disk."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def rows(self, rows: Any) -> None:
+        self.calls += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self, failed: bool) -> None:
+        raise AssertionError("has been dropped")
+
+
+def test_a_mirror_that_fails_is_dropped_with_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mirror = Full()
+    with tracker(tmp_path) as t:
+        t._mirrors.append(mirror)
+        for step in (1, 2, 3):
+            t.rows([row(step)])
+    said = "warning: Full failed, going on without it: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().out == said
+    assert mirror.calls == 1
+    assert len(RunFolder(tmp_path).rows()) == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its own thread's
+def test_tensorboard_on_a_full_disk_is_dropped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    with small_disk(tmp_path / "disk", 1) as disk:
+        folder = RunFolder(tmp_path / "run")
+        folder.path.mkdir()
+        (folder.path / "tensorboard").symlink_to(disk)
+        with Tracker(folder, TrackSection(tensorboard=True), {}, True, 10) as t:
+            fill(disk, 0)
+            for step in range(1, 3000):
+                t.rows([row(step)])
+        assert len(folder.rows()) == 2999
+    assert capfd.readouterr().out.count("warning: TensorBoard failed, going on without it") == 1
+
+
+def test_wandb_on_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        folder = RunFolder(tmp_path / "run")
+        folder.path.mkdir()
+        (folder.path / "wandb").symlink_to(disk)
+        with Tracker(folder, TrackSection(wandb="offline"), {}, True, 10) as t:
+            fill(disk, 0)
+            for step in range(1, 500):
+                t.rows([row(step)])
+        assert len(folder.rows()) == 499
