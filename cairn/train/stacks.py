@@ -1,0 +1,93 @@
+"""Python stacks of a rank that hangs, written even where its Python cannot run any more."""
+
+import faulthandler
+import os
+import sys
+import sysconfig
+import threading
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+WAITING = ("torch.distributed", "deepspeed.comm")
+"""Modules whose functions wait for other ranks."""
+
+
+class StackFile:
+    """runs/NAME/stacks/rank-00003.txt, which appears once there is something in it.
+
+    Until then it is a hidden file that is open already: a C thread writes into it when no Python thread has had its
+    turn for long enough, for which it needs neither the interpreter nor its lock.
+    """
+
+    def __init__(self, folder: Path, rank: int, title: str) -> None:
+        self.path = folder / f"rank-{rank:05d}.txt"
+        self._hidden = folder / f".rank-{rank:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._hidden.open("w", encoding="utf-8")
+        self._say(f"{title}, whose Python threads got no turn\n\n")
+
+    def arm(self, seconds: float) -> None:
+        """Have the C thread write all stacks in `seconds`, unless this is called again before. About 50 us."""
+        faulthandler.dump_traceback_later(seconds, file=self._file)
+
+    def write(self, title: str) -> None:
+        """Write the stacks of all threads, and show the file."""
+        faulthandler.cancel_dump_traceback_later()
+        self._file.seek(0)
+        self._file.truncate()
+        self._say(f"{title}\n\n")
+        faulthandler.dump_traceback(file=self._file)
+        show(self._hidden)
+
+    def close(self) -> None:
+        """Leave nothing behind where nothing was shown."""
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        with suppress(OSError):  # the folder holds stacks, or another rank's file
+            self._hidden.unlink(missing_ok=True)
+            self._hidden.parent.rmdir()
+
+    def _say(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+
+
+def show(hidden: Path) -> None:
+    """Give `.rank-00003` its visible name; for rank 0 too, on behalf of a rank that cannot."""
+    with suppress(OSError):  # it has been shown already, or the folder is gone: the message matters more
+        hidden.rename(hidden.with_name(f"{hidden.name.removeprefix('.')}.txt"))
+
+
+def main_thread() -> tuple[str, bool]:
+    """Where the main thread is, as FILE:LINE FUNCTION of the innermost function that is not a library's, and whether
+    it waits for other ranks."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frames: list[FrameType] = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    if not frames:
+        return "no Python function", False
+    own = next((frame for frame in frames if not _of_library(frame.f_code.co_filename)), frames[0])
+    waits = any(str(frame.f_globals.get("__name__")).startswith(WAITING) for frame in frames)
+    return f"{_short(own.f_code.co_filename)}:{own.f_lineno} {own.f_code.co_name}", waits
+
+
+def runs(pid: int) -> bool:
+    """Whether a process of this machine is there and not stopped."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "TtZX"
+
+
+def _of_library(file: str) -> bool:
+    libraries = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return file.startswith("<") or any(file.startswith(f"{path}{os.sep}") for path in libraries)
+
+
+def _short(file: str) -> str:
+    relative = os.path.relpath(file)
+    return file if relative.startswith(os.pardir) else relative
