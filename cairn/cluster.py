@@ -18,6 +18,7 @@ T = TypeVar("T")
 Env = Mapping[str, str]
 LAUNCHER = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_")
 """How the variables of a launcher begin."""
+OF_THE_JOB = ("SLURM_JOB_ID", "SLURM_JOB_END_TIME")
 
 
 @dataclass(frozen=True)
@@ -171,16 +172,51 @@ def job_id(env: Env = os.environ) -> str | None:
     return env.get("SLURM_JOB_ID") or None
 
 
-def environment(rank: int, world_size: int, port: int, env: Env = os.environ) -> dict[str, str]:
-    """What to start a rank with, of several on this machine or of one alone: `env` with the variables that torchrun
-    would set for it, and without those of any launcher that started us."""
-    own = {key: value for key, value in env.items() if not key.startswith(LAUNCHER)}
-    if world_size == 1:
+def job_ends(env: Env = os.environ) -> float | None:
+    """When the scheduler ends the job this process is in, in seconds since the epoch; None where it does not say."""
+    text = env.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdecimal() else None
+
+
+def launchers(env: Env = os.environ) -> Cluster:
+    """The launchers of an srun step, one a node, as a cluster of their own; one alone outside of such a step.
+
+    Raises UserError where a node has several: a launcher starts all ranks of its node.
+    """
+    if _slurm_tasks(env) == 1:
+        return Cluster()
+    place = Cluster.from_env({key: value for key, value in env.items() if key.startswith(("SLURM_", "MASTER_"))})
+    if place.local_world_size > 1:
+        raise UserError(
+            f"this srun step has {place.local_world_size} launchers on one node, and one is enough: "
+            "give srun --ntasks-per-node=1"
+        )
+    return place
+
+
+def environment(place: Cluster, env: Env = os.environ) -> dict[str, str]:
+    """What to start a rank with: `env` with the variables that torchrun would set for it, without those of any launcher
+    that started us, except what says of the whole job."""
+    own = {key: value for key, value in env.items() if not key.startswith(LAUNCHER) or key in OF_THE_JOB}
+    if place.world_size == 1:
         return own
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    return (
-        own | {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    )
+    numbers = {
+        "RANK": place.rank,
+        "LOCAL_RANK": place.local_rank,
+        "WORLD_SIZE": place.world_size,
+        "LOCAL_WORLD_SIZE": place.local_world_size,
+        "MASTER_PORT": place.master_port,
+    }
+    return own | {key: str(value) for key, value in numbers.items()} | {"MASTER_ADDR": place.master_addr}
+
+
+def share_of_cores(ranks: int, env: Env = os.environ) -> int:
+    """CPU threads for each of `ranks` that a launcher starts here: its share of the cores we may run on, and of those
+    that srun gave us by --cpus-per-task, as not every SLURM binds a task to its cores."""
+    cores = len(os.sched_getaffinity(0))
+    if _slurm_tasks(env) > 1 and "SLURM_CPUS_PER_TASK" in env:
+        cores = min(cores, _integer(env, "SLURM_CPUS_PER_TASK", minimum=1))
+    return max(1, cores // ranks)
 
 
 def _from_torchrun(env: Env) -> Cluster:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cairn.cluster import environment
+from cairn.cluster import Cluster, environment
 from cairn.config.main import Parser, read_options, run_main
 from cairn.config.schema import PretrainConfig
 from cairn.errors import UserError
@@ -46,7 +46,7 @@ class Ranks:
         self._processes = []
         with log.open("ab") as output:
             for rank in range(world_size):
-                env = environment(rank, world_size, port)
+                env = environment(Cluster(rank, world_size, rank, world_size, master_port=port))
                 self._processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
 
     def running(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cairn.cluster import Cluster, environment, first_host
+from cairn.cluster import Cluster, environment, first_host, job_id, launchers, share_of_cores
 from cairn.errors import UserError
 
 TORCHRUN = {
@@ -38,8 +38,12 @@ def test_alone():
 @pytest.mark.parametrize("outer", [TORCHRUN, SRUN])
 def test_a_rank_started_from_a_rank_knows_its_own_place(outer):
     outer = {**outer, "HOME": "/home/me"}
-    assert Cluster.from_env(environment(1, 2, 4321, outer)) == Cluster(1, 2, 1, 2, "127.0.0.1", 4321)
-    assert environment(0, 1, 4321, outer) == {"HOME": "/home/me"}
+    for place in (Cluster(1, 2, 1, 2, "127.0.0.1", 4321), Cluster(5, 7, 1, 3, "gpu07", 29400), Cluster()):
+        inner = environment(place, outer)
+        assert Cluster.from_env(inner) == place
+        assert job_id(inner) == job_id(outer)
+    kept = {key: outer[key] for key in ("SLURM_JOB_ID",) if key in outer}
+    assert environment(Cluster(), outer) == {"HOME": "/home/me"} | kept
 
 
 def test_torchrun():
@@ -74,6 +78,27 @@ def test_srun_takes_the_users_address():
 )
 def test_an_allocation_is_not_a_step(env):
     assert Cluster.from_env(env).world_size == 1
+
+
+STEP = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
+STEP |= {"SLURM_LOCALID": "0"}
+
+
+def test_launchers_in_a_step_find_each_other():
+    assert launchers(STEP) == Cluster(1, 2, 0, 1, "gpu07", 15000 + 70003 % 10000)
+    assert launchers({}) == Cluster()
+    assert launchers({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}) == Cluster()
+    with pytest.raises(UserError, match="--ntasks-per-node=1"):
+        launchers(SRUN)
+
+
+def test_cores_are_shared_among_the_ranks_of_a_launcher():
+    cores = len(os.sched_getaffinity(0))
+    assert share_of_cores(1, {}) == cores
+    assert share_of_cores(1000, {}) == 1
+    assert share_of_cores(1, STEP | {"SLURM_CPUS_PER_TASK": "1"}) == 1
+    assert share_of_cores(1, STEP | {"SLURM_CPUS_PER_TASK": "1000"}) == cores
+    assert share_of_cores(1, {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "1"}) == cores  # salloc's shell
 
 
 @pytest.mark.parametrize(
