@@ -16,6 +16,7 @@ from cairn.config.load import Resolved, dump, load, resolve
 from cairn.config.main import run_main
 from cairn.config.schema import GANConfig, PretrainConfig, VisionConfig
 from cairn.errors import UserError
+from launch.job import ALLOCATOR
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,6 @@ VERBS = {
 }
 TOLD_THE_VERB = ("export", "import")  # cairn.hub does both
 SCHEMAS = tuple(dict.fromkeys(verb.schema for verb in VERBS.values() if verb.schema is not None))
-
-# glibc gives large tensors back to the kernel and faults them in again each step; read before the process starts.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
 def main() -> None:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+# glibc gives large tensors back to the kernel and faults them in again each step; read before a process starts.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
 
 @dataclass(frozen=True)
 class Job:
