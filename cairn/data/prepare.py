@@ -80,6 +80,11 @@ def find_prepared(data: DataSection, tokenizer: TokenizerSection) -> Path | None
     return view if read_manifest(view) else None
 
 
+def prepared_path(data: DataSection, tokenizer: TokenizerSection) -> Path:
+    """Where the shards of these sections are, or would be. Raises UserError for a source that cannot be found."""
+    return _named(data, tokenizer)[2]
+
+
 def _named(data: DataSection, tokenizer: TokenizerSection) -> tuple[list[SourceSection], list[Listing | Path], Path]:
     """The sources, what each of them is, and the folder of their shards."""
     sources = (
@@ -153,7 +158,8 @@ def _alone(folder: Path) -> Iterator[None]:
         except OSError:
             yield  # no locks here: the same work twice does no harm
             return
-        for leftover in folder.glob(".*.tmp"):
+        # Only of this host: some file systems keep locks to one node, and another may be writing its own.
+        for leftover in folder.glob(f".*.{socket.gethostname()}-*.tmp"):
             leftover.unlink(missing_ok=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -92,7 +92,8 @@ def _fill(run: RunFolder, folder: Path, family: ModuleType, overrides: Sequence[
         "identity": {"tokenizer": tokenizer.fingerprint},
         "engines": {"model": {"optimizer_step": 0}},
     }
-    CheckpointStore(run.checkpoints).save(0, _tensors(model, config), state)
+    with CheckpointStore(run.checkpoints) as store:
+        store.save(0, _tensors(model, config), state)
     return [
         f"{run.path}: {family.ARCHITECTURE} at step 0; logits differ by {difference:.1e} of the largest",
         f"generate: cairn generate {run.path}; train on: cairn pretrain {run.config}",

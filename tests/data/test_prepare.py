@@ -6,6 +6,7 @@ import lzma
 import multiprocessing
 import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -196,11 +197,15 @@ def test_an_interrupted_run_goes_on(section: DataSection, tmp_path: Path, monkey
     kept = calls[0].with_name(calls[0].name + ".train.bin")
     altered = calls[1].with_name(calls[1].name + ".train.bin")
     altered.write_bytes(altered.read_bytes()[:-1] + b"\x00")
-    leftover = folder / ".0-00009.train.bin.host-1.tmp"
-    leftover.write_bytes(b"half")
+    leftover = folder / f".0-00009.train.bin.{socket.gethostname()}-1.tmp"
+    of_another_host = folder / ".0-00009.train.bin.elsewhere-1.tmp"  # which may be at work, and its lock not seen here
+    for file in (leftover, of_another_host):
+        file.write_bytes(b"half")
     before = kept.stat().st_mtime_ns
     assert prepare(section, BYTES) == folder
     assert kept.stat().st_mtime_ns == before, "a finished unit is not made again"
+    assert of_another_host.exists()
+    of_another_host.unlink()
     assert files_of(folder) == whole
     assert not leftover.exists()
 
