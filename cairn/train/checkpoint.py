@@ -9,8 +9,8 @@ Every rank writes the tensors it owns into `.tmp-step-00001000`, then a small JS
 for all of these (files are the rendezvous, so that no collective runs in a thread), writes state.json and renames the
 folder. A folder without the `.tmp-` is therefore whole; its checksums tell whether it still is.
 
-A rank that cannot write leaves `rank-00001.failed` there, and rank 0 gives up at once. No rank raises in `save`, where
-the others may be gathering tensors with it: `trouble` tells the loop, which stops all ranks together.
+A rank that cannot write leaves `rank-00001.failed` there, and the others give up at once. No rank raises in `save`,
+where the others may be gathering tensors with it: `trouble` tells the loop, which stops all ranks together.
 """
 
 import hashlib
@@ -18,9 +18,11 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -124,6 +126,8 @@ class CheckpointStore:
         self._abandoned = threading.Event()
         self.last_step: int | None = None
         """Step of the last save."""
+        self.write_seconds = 0.0
+        """What the last write took here, whether in the background or not."""
         if rank == 0:
             with disk_errors(str(root)):
                 root.mkdir(parents=True, exist_ok=True)
@@ -144,6 +148,9 @@ class CheckpointStore:
             self._abandoned.set()
             if self._pool is not None:
                 self._pool.shutdown()  # after an error too: the write under way may be the newest checkpoint
+            if self.rank == 0:
+                for given_up in self.root.glob(".tmp-*"):
+                    shutil.rmtree(given_up, ignore_errors=True)
 
     def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
         """Write a checkpoint; every rank calls this with the tensors it owns. Rank 0's state (JSON) is kept.
@@ -156,6 +163,8 @@ class CheckpointStore:
         failed = self._settled()
         if failed is not None:
             deque(tensors, maxlen=0)
+            with suppress(OSError):
+                self._folder(step).mkdir(exist_ok=True)
             parts.withdraw(self._folder(step), self.rank, str(failed))
         elif self._pool is not None:
             snapshot = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors]
@@ -215,7 +224,7 @@ class CheckpointStore:
             raise UserError(f"rank {self.rank} cannot open the checkpoint of step {step}: {error}") from error
 
     def _write(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
-        folder = self._folder(step)
+        folder, start = self._folder(step), time.perf_counter()
         try:
             self.root.mkdir(exist_ok=True)  # not its parents: a run folder that has gone has taken config.yaml along
             folder.mkdir(exist_ok=True)
@@ -224,6 +233,7 @@ class CheckpointStore:
             parts.write(folder, self.rank, tensors)
             if self.rank == 0:
                 self._publish(step, folder, folder_of(self.root, step), state)
+            self.write_seconds = time.perf_counter() - start
         except OSError as error:
             text = parts.describe(error, step, self.rank, self.root, folder)
             self._give_up(folder, text)
@@ -233,11 +243,14 @@ class CheckpointStore:
             raise
 
     def _give_up(self, folder: Path, text: str) -> None:
-        """Free the space of what was written; rank 0 of all of it, another rank of its own, and leaves word of why."""
+        """Free the space of what was written, rank 0 of all of it, and leave word of why for ranks that still write."""
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        else:
-            parts.withdraw(folder, self.rank, text)
+            if self.world_size == 1:
+                return
+            with suppress(OSError):
+                folder.mkdir()
+        parts.withdraw(folder, self.rank, text)
 
     def _publish(self, step: int, folder: Path, final: Path, state: dict[str, Any]) -> None:
         """Rank 0: wait for all ranks, write state.json, rename the folder, prune."""

@@ -24,11 +24,13 @@ LAST_PATIENCE_S = 5.0  # for the other ranks' files once this rank has failed
 
 
 def write(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a rank's part. Raises OSError."""
+    """Write a rank's part. Raises OSError, or UserError with the word of a rank that has failed meanwhile."""
     entries: dict[str, dict[str, Any]] = {}
     for index, piece in enumerate(pieces(tensors)):
+        _listen(folder)
         name = f"rank-{rank:05d}-{index:03d}.safetensors"
         entries[name] = write_tensors(folder / name, piece)
+    _listen(folder)
     write_atomically(_report(folder, rank), json.dumps(entries).encode())
 
 
@@ -42,7 +44,6 @@ def withdraw(folder: Path, rank: int, text: str) -> None:
             path.unlink()
     word = folder / f"rank-{rank:05d}.failed"
     with suppress(OSError):
-        folder.mkdir(exist_ok=True)
         try:
             write_atomically(word, text.encode())
         except OSError:
@@ -60,8 +61,7 @@ def gather(
     deadline = time.monotonic() + patience_s
     pause = 0.005
     while missing := [rank for rank in range(world_size) if not _report(folder, rank).exists()]:
-        if failed := sorted(folder.glob("rank-*.failed")):
-            raise UserError(failed[0].read_text(encoding="utf-8") or f"{failed[0].stem} could not write into {folder}")
+        _listen(folder)
         if 0 in missing:
             raise FileNotFoundError(errno.ENOENT, "removed", str(folder))
         if abandoned.is_set():  # the others may have died of the same error
@@ -96,6 +96,12 @@ def describe(error: OSError, step: int, rank: int, root: Path, folder: Path) -> 
     fewer = " (a lower checkpoint.keep_last keeps fewer)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     text = f"checkpoint of step {step} in {root} (rank {rank}): {explain(error)}"
     return f"{text}; earlier checkpoints are intact{fewer}"
+
+
+def _listen(folder: Path) -> None:
+    """Raise UserError with the word of a rank that failed, if one did."""
+    for word in sorted(folder.glob("rank-*.failed"))[:1]:
+        raise UserError(word.read_text(encoding="utf-8") or f"{word.stem} could not write into {folder}")
 
 
 def _report(folder: Path, rank: int) -> Path:

@@ -171,7 +171,12 @@ def test_a_rank_that_cannot_write_tells_rank_0(
     main.save(1, of_size(100), {})
     assert str(until_trouble(main)) == str(told)
     assert "(rank 1): No space left on device" in str(told)
-    assert os.listdir(tmp_path) == []  # all space is free again
+    assert os.listdir(folder) == ["rank-00000.failed"]  # all space is free again
+    third.save(1, of_size(100, "weight/c"), {})  # a rank that comes late
+    assert str(until_trouble(third)) == str(told)
+    with main:
+        main._pending = None
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_rank_leaves_a_save_that_others_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
