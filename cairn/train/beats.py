@@ -78,8 +78,13 @@ class Silent:
     beat: Beat
     seconds: float
     """Since its last beat."""
-    runs: bool = False
-    """Another rank of its host sees its process run."""
+    seen_by: int | None = None
+    """The rank of its host that sees its process run."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether its process is known to run."""
+        return self.seen_by is not None
 
     def lost(self, seconds: float) -> str:
         """The message."""
@@ -128,9 +133,11 @@ class Judge:
     """Where stacks go, for the message."""
     present: int = field(init=False)
     """Ranks that have not left."""
+    heard: int = field(init=False)
+    """Those of them, beside rank 0, that are not silent."""
 
     def __post_init__(self) -> None:
-        self.present = self.world_size
+        self.present = self.heard = self.world_size
         self._count = 0
         self._beats: Sequence[bytes] = [b""] * self.world_size
         self._silence = [0.0] * self.world_size
@@ -149,11 +156,12 @@ class Judge:
         self._beats = beats
         silent = {rank for rank, silence in enumerate(self._silence) if silence > 2.5 * self.interval}
         news = [Beat.decode(beat) for beat in beats if beat[:1] != QUIET]
-        seen = {other for beat in news if beat.rank not in silent for other in beat.runs}
+        seen = {other: beat.rank for beat in news if beat.rank not in silent for other in beat.runs}
         left = {beat.rank for beat in news if beat.left is not None}
         self.present = self.world_size - len(left)
+        self.heard = self.world_size - len(left | silent | {0})
         missing = [
-            Silent(Beat.decode(beats[rank]), self._silence[rank], rank in seen) for rank in sorted(silent - left)
+            Silent(Beat.decode(beats[rank]), self._silence[rank], seen.get(rank)) for rank in sorted(silent - left)
         ]
         failed = [Silent(beat, self._silence[beat.rank]) for beat in news if beat.left]
         absent = silent | left

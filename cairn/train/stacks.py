@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import signal
 import sys
 import sysconfig
 import threading
@@ -9,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+SIGNAL = signal.SIGUSR2
+"""At which a rank writes its stacks."""
 WAITING = ("torch.distributed", "deepspeed.comm")
 """Modules whose functions wait for other ranks."""
 
@@ -16,8 +19,9 @@ WAITING = ("torch.distributed", "deepspeed.comm")
 class StackFile:
     """runs/NAME/stacks/rank-00003.txt, which appears once there is something in it.
 
-    Until then it is a hidden file that is open already: a C thread writes into it when no Python thread has had its
-    turn for long enough, for which it needs neither the interpreter nor its lock.
+    Until then it is a hidden file that is open already: at SIGUSR2, sent by another rank when no Python thread here
+    gets a turn, a handler in C writes into it, which needs neither the interpreter nor its lock. A timer in C would
+    run out while a job is suspended, and read stacks of threads that run: that crashes.
     """
 
     def __init__(self, folder: Path, rank: int, title: str) -> None:
@@ -26,14 +30,10 @@ class StackFile:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self._hidden.open("w", encoding="utf-8")
         self._say(f"{title}, whose Python threads got no turn\n\n")
-
-    def arm(self, seconds: float) -> None:
-        """Have the C thread write all stacks in `seconds`, unless this is called again before. About 50 us."""
-        faulthandler.dump_traceback_later(seconds, file=self._file)
+        faulthandler.register(SIGNAL, file=self._file)
 
     def write(self, title: str) -> None:
         """Write the stacks of all threads, and show the file."""
-        faulthandler.cancel_dump_traceback_later()
         self._file.seek(0)
         self._file.truncate()
         self._say(f"{title}\n\n")
@@ -42,7 +42,7 @@ class StackFile:
 
     def close(self) -> None:
         """Leave nothing behind where nothing was shown."""
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(SIGNAL)
         self._file.close()
         with suppress(OSError):  # the folder holds stacks, or another rank's file
             self._hidden.unlink(missing_ok=True)

@@ -7,10 +7,12 @@ main thread of a rank that hangs cannot be reached, so the thread ends the proce
 
 import os
 import platform
+import re
 import resource
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
@@ -24,11 +26,13 @@ from cairn.config.train import GuardSection
 from cairn.errors import QuietError, TryAgain, UserError
 from cairn.train.beats import Beat, Judge, Silent, Verdict, ended, hung
 from cairn.train.folder import RunFolder
-from cairn.train.stacks import StackFile, main_thread, runs, show
+from cairn.train.stacks import SIGNAL, StackFile, main_thread, runs, show
 
 INTERVAL_S = 2.0
 """Seconds between two beats; a thirtieth of guard.lost_seconds where that is less."""
 VERDICT = "verdict"
+COLLECTIVE = "gloo|nccl|connection|socket|broken pipe|timed out|timeout"
+"""What errors of collectives speak of."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,12 @@ class Watchdog:
 
         TryAgain names a rank that was lost; a rank that left with a UserError of its own makes it a QuietError.
         """
+        if not re.search(COLLECTIVE, str(error), re.I):
+            return None
         deadline = time.monotonic() + 5 * self._interval + 2
         while self._store is not None and time.monotonic() < deadline:
             said, broken = self._said, self._broken
-            for missing in said.missing:
+            for missing in (m for m in said.missing if m.beat.rank != self._cluster.rank):
                 if missing.beat.left is not None:
                     text, code = ended(missing.beat)
                     return TryAgain(text) if code == os.EX_TEMPFAIL else QuietError(text)
@@ -96,7 +102,6 @@ class Watchdog:
         if self._hang:
             try:
                 self._stacks = StackFile(self._folder, self._cluster.rank, self._beat.name)
-                self._stacks.arm(self._hang)
             except OSError as error:
                 print(f"warning: no stacks of a rank that hangs: {error}", file=sys.stderr)
         self._threads = [threading.Thread(target=self._beats, name="watchdog", daemon=True)]
@@ -114,7 +119,7 @@ class Watchdog:
         if self._store is not None and self._cluster.is_main:
             # Others learn from the store why this rank leaves; after an error they may be too stuck to come.
             deadline = time.monotonic() + 3 * self._interval
-            while self._judge.present and (kind is None or time.monotonic() < deadline):
+            while self._judge.present if kind is None else self._judge.heard and time.monotonic() < deadline:
                 time.sleep(self._interval / 10)
         self._over.set()
         self._wake.set()
@@ -167,6 +172,9 @@ class Watchdog:
                 return  # rank 0 leaves with an error, and the store with it
             if self._said.dump and not self._at[0]:
                 self._dump()
+                for missing in self._said.missing:
+                    if missing.seen_by == self._cluster.rank:
+                        self._ask(missing.beat)
             if self._said.stop:
                 self._stop(self._said)
 
@@ -176,9 +184,6 @@ class Watchdog:
         seconds = self._beat.seconds + passed if mark is self._timed else 0.0
         self._timed = mark
         silent = [m.beat for m in self._said.missing if m.beat.left is None and m.beat.rank != self._cluster.rank]
-        if self._stacks is not None and not self._at[0]:
-            # due when this phase hangs, in case no Python thread gets a turn until then
-            self._stacks.arm(max(self._hang - seconds - self._interval, 3 * self._interval))
         return replace(
             self._beat,
             count=self._beat.count + 1,
@@ -213,15 +218,13 @@ class Watchdog:
             for missing in verdict.missing if verdict.dump else ():
                 show(self._folder / f".rank-{missing.beat.rank:05d}")
             self._tell(verdict.stop)
-        try:
+        with suppress(dist.DistError):  # rank 0 has not waited
             self._beat = self._next(0.0)
             self._exchange(0.0)
             deadline = time.monotonic() + 3 * self._interval
-            while self._cluster.is_main and self._judge.present and time.monotonic() < deadline:
+            while self._cluster.is_main and self._judge.heard and time.monotonic() < deadline:
                 time.sleep(self._interval / 4)
                 self._exchange(0.0)
-        except dist.DistError:
-            pass  # rank 0 has not waited
         self._leave(verdict.code)
 
     def _dump(self) -> None:
@@ -230,8 +233,14 @@ class Watchdog:
         beat = self._beat
         if self._stacks is not None:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._stacks.write(f"{beat.name}, {beat.seconds:.0f} s {beat.place}, {now}")
+            with suppress(OSError):  # a full disk: the message says where this rank is
+                self._stacks.write(f"{beat.name}, {beat.seconds:.0f} s {beat.place}, {now}")
         self._wake.set()
+
+    def _ask(self, beat: Beat) -> None:
+        """Have a rank of this host whose Python cannot run write its stacks all the same."""
+        with suppress(ProcessLookupError):
+            os.kill(beat.pid, SIGNAL)
 
     def _watch_main(self) -> None:
         """The second thread, on other ranks than 0: is rank 0 there, and do its threads get their turn?"""
@@ -249,6 +258,8 @@ class Watchdog:
                 self._leave(code)
             if 0 < self._hang < frozen and not silence:  # the store answers, for which rank 0 needs no Python
                 self._dump()
+                if self._said.main.host == self._beat.host and self._cluster.local_rank == 1:
+                    self._ask(self._said.main)
                 show(self._folder / ".rank-00000")
                 self._tell(hung(self._said.main, frozen, self._folder))
                 self._leave(os.EX_TEMPFAIL)

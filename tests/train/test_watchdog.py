@@ -41,7 +41,7 @@ def errors(text: str) -> list[str]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named_with_all_stacks(tmp_path: Path, rank: int) -> None:
-    done = job(tmp_path, "sleep", rank, hang=2.0).wait()
+    done = job(tmp_path, "sleep", rank, hang=1.5).wait()
     assert done.codes == [75, 75]
     (said,) = errors(done.text)
     assert re.match(
@@ -57,7 +57,7 @@ def test_a_rank_that_hangs_is_named_with_all_stacks(tmp_path: Path, rank: int) -
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_holds_the_interpreter_lock_hangs_and_is_not_lost(tmp_path: Path, rank: int) -> None:
-    done = end(job(tmp_path, "gil", rank, hang=3.0), rank)
+    done = end(job(tmp_path, "gil", rank, hang=2.5), rank)
     assert done.codes[1 - rank] == 75
     assert re.match(rf"rank {rank} \(.+\) hangs: .* in a call that lets no Python thread run;", errors(done.text)[0])
     stacks = [(tmp_path / "stacks" / f"rank-0000{i}.txt").read_text() for i in range(2)]
@@ -95,7 +95,7 @@ def test_a_job_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     while not (tmp_path / "step-20").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    for number, pause in ((signal.SIGSTOP, LOST_S + 2), (signal.SIGCONT, 0.0)):
+    for number, pause in ((signal.SIGSTOP, LOST_S + 1), (signal.SIGCONT, 0.0)):
         for process in running.processes:
             os.kill(process.pid, number)
         time.sleep(pause)
