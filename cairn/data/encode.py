@@ -121,7 +121,7 @@ def check_unit(prefix: Path, info: UnitInfo, thorough: bool = False) -> None:
         if thorough:
             with file.open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != wanted.sha256:
-                    raise UserError(f"{file}: altered since it was written; prepare the corpus again")
+                    raise UserError(f"{file}: altered since it was written; remove it, and prepare the corpus again")
     if not held_out_path(prefix).is_file():
         raise UserError(f"{held_out_path(prefix)}: missing; prepare the corpus again (cairn prepare CONFIG)")
 

@@ -57,7 +57,7 @@ class RunFolder:
         with disk_errors(f"run folder {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
         existed = self.config.exists()
-        if existed and (changes := self._changes(config)):
+        if existed and (changes := self.changes(config)):
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(changes)}): "
                 "choose another run.name, or put these keys back"
@@ -90,7 +90,7 @@ class RunFolder:
                 save(temporary)
                 temporary.rename(self.tokenizer)
 
-    def _changes(self, config: RunConfig) -> list[str]:
+    def changes(self, config: RunConfig) -> list[str]:
         """Keys that may not differ and do. One that the version which wrote config.yaml had not yet has its default."""
         before = load(type(config), self.config)
         old, new = flatten(before.model_dump(mode="json")), flatten(config.model_dump(mode="json"))

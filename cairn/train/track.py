@@ -149,7 +149,7 @@ class Tracker:
             self.message(f"warning: {name} did not start, going on without it: {error}")
 
     def _wandb(self, config: dict[str, Any]) -> "Wandb":
-        online = self._section.wandb != "offline" and _has_wandb_key()
+        online = self._section.wandb != "offline" and has_wandb_key()
         if self._section.wandb == "online" and not online:
             self.message(
                 "warning: track.wandb=online but no key was found: recording offline (`wandb login` makes one)"
@@ -251,7 +251,7 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     """Whether wandb would log in without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True

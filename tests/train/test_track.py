@@ -146,7 +146,7 @@ def test_a_netrc_entry_is_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     path = tmp_path / "netrc"
     path.write_text(content + "\n")
     monkeypatch.setenv("NETRC", str(path))
-    assert track._has_wandb_key() is found
+    assert track.has_wandb_key() is found
 
 
 def test_tensorboard_missing_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

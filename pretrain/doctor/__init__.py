@@ -1,0 +1,1 @@
+"""`cairn doctor`: what would go wrong, before it does."""
