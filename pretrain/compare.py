@@ -13,7 +13,7 @@ from cairn.errors import UserError
 from cairn.train.checkpoint import Checkpoint, newest
 from cairn.train.folder import RunFolder
 
-OF_THE_MACHINE = {"tokens_per_s", "step_seconds", "flops_per_s", "mfu", "data_wait", "memory_gb", "time"}
+OF_THE_MACHINE = {"tokens_per_s", "step_seconds", "flops_per_s", "mfu", "data_wait", "memory_gb", "time", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def first_differences(a: Result, b: Result) -> list[str]:
             found.append(f"tensor {name}: {said}")
             break
     for key in a.checkpoint.state | b.checkpoint.state:
-        x, y = a.checkpoint.state.get(key), b.checkpoint.state.get(key)
-        if json.dumps(x, sort_keys=True) != json.dumps(y, sort_keys=True):
+        x, y = _of_the_run(a.checkpoint.state.get(key)), _of_the_run(b.checkpoint.state.get(key))
+        if key not in OF_THE_MACHINE and json.dumps(x, sort_keys=True) != json.dumps(y, sort_keys=True):
             found.append(f"state {key}: {x!r} and {y!r}")
             break
     return found
@@ -111,3 +111,10 @@ def relative_differences(a: Result, b: Result) -> dict[str, tuple[float, str]]:
         relative = math.sqrt(difference / size) if difference else 0.0
         found[kind] = (relative, max(parts)[2] if difference else "")
     return found
+
+
+def _of_the_run(value: Any) -> Any:
+    """A value of the state without what measures the machine."""
+    if not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in OF_THE_MACHINE}

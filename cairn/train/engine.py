@@ -60,7 +60,9 @@ class Engine:
         self.grad_norm: float | Tensor = 0.0
         """Norm of the summed gradient of the last step, before clipping."""
         self.skipped = False
-        """Whether the last step was left out because its gradient was not finite."""
+        """Whether the last step was left out because its gradient was not finite; the same on every rank."""
+        self.overflowed = False
+        """Whether it was, in fp16, with a loss scale that can still fall, which may mend it."""
         self._clip, self._stage, self._offload = optim.grad_clip, effective_stage(engine), engine.offload != "none"
         self._world_size = cluster.world_size
         if engine.deterministic:
@@ -108,6 +110,7 @@ class Engine:
             # DeepSpeed would change the scale first, and divide the gradient by one it was not computed with.
             self._update_scale = self._scaler.update_scale
             self._scaler.update_scale = lambda overflow: None
+            self._scaler.raise_error_at_min_scale = False  # bad numbers are told by the guard
         if engine.compile:
             self._engine.compile()
 
@@ -123,6 +126,8 @@ class Engine:
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the gradient of a scalar loss; gradients are summed over calls and ranks, never averaged.
 
+        A loss that is not finite gives a gradient that is not, so `step` leaves it out.
+
         Args:
             loss: this rank's part of the loss of the step.
             last: whether `step` comes next. Stages 0 and 1 reduce over ranks only then.
@@ -132,6 +137,8 @@ class Engine:
             # two backward passes) stage 3 would overwrite the first gradient with the second.
             self._zero.clear_backward_seen_flag()
         self._engine.set_gradient_accumulation_boundary(last)
+        # The gradient of an infinite loss may be finite, as where the target's probability is 0. Times 1, or times nan.
+        loss = loss * (1.0 + 0.0 * loss.detach())
         # Stage 3 can only average. Its fp16 loss scale is kept world_size times smaller in turn.
         self._engine.backward(loss * self._world_size if self._stage == 3 else loss, scale_wrt_gas=False)
 
@@ -152,8 +159,20 @@ class Engine:
         self.grad_norm = self._zero._global_grad_norm
         self.skipped = not self._engine.was_step_applied()
         if self._scaler is not None:
+            falls = self._scaler.dynamic and self._scaler.cur_scale > self._scaler.min_scale
+            self.overflowed = self.skipped and falls
             self._update_scale(self.skipped)
         self._forget_gradients()
+
+    def finite(self) -> bool:
+        """COLLECTIVE: whether every weight and moment is finite, on every rank. Waits for the device."""
+        bad = torch.zeros((), device=self.device)
+        for tensor in self._state.held():
+            low, high = torch.aminmax(tensor)  # takes no memory, as isfinite does, and knows nan
+            bad += (~(low.isfinite() & high.isfinite())).to(self.device)
+        if self._world_size > 1:
+            dist.all_reduce(bad)
+        return not bad.item()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """COLLECTIVE: every named tensor, whole, on the CPU, at the one rank that owns it; see NamedState.tensors."""

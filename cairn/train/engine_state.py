@@ -172,6 +172,12 @@ class NamedState:
             for start, run in parts:
                 run.copy_(_run(value, start, run.numel()))
 
+    def held(self) -> Iterator[Tensor]:
+        """The fp32 weights and moments on this rank, flat, none of them empty."""
+        for slot in self.slots:
+            state = self.optimizer.state[slot.tensor]
+            yield from (t.detach() for t in (slot.tensor, *(state[key] for key in self._moments(slot))) if t.numel())
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to the model's state (batch-norm statistics, not tables that can be recomputed)."""
         return {

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+class Stopped(Exception):
+    """Ends an evaluation early once all ranks have agreed to stop."""
+
+
 class StopSignal:
     """A context manager that turns these signals into a request that all ranks see at the same step.
 
@@ -48,7 +52,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         if self._cluster.is_main:  # not print, which may be what was interrupted
-            os.write(2, f"\n{self.name}: stopping after this step or evaluation (a second Ctrl-C: at once)\n".encode())
+            os.write(2, f"\n{self.name}: stopping after this step or batch (a second Ctrl-C: at once)\n".encode())
 
     def agreed(self, trouble: UserError | None = None) -> bool:
         """Whether to stop now; call once a step on every rank. True on all ranks at the same call.

@@ -4,69 +4,45 @@
     rows to metrics.jsonl, throughput                every log_every steps
     evaluation, checkpoint                           at their own rhythm, at a stop signal, and at the end
 
-Metrics stay on the device until the rows are written, so that the loop never waits for it.
+Metrics stay on the device until the rows are written, so that the loop never waits for it. The guard (guard.py) and the
+deadline (deadline.py) judge by the rows, which all ranks have alike, and so decide alike.
 """
 
-import resource
-import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cairn.cluster import Cluster
 from cairn.config.schema import RunConfig
-from cairn.data.batches import Loader
+from cairn.data.batches import Batch
 from cairn.data.order import mix
-from cairn.errors import UserError
+from cairn.errors import QuietError, UserError
 from cairn.optim.schedule import schedule
-from cairn.train.checkpoint import Checkpoint, CheckpointStore, steps_in
-from cairn.train.engine import Engine
+from cairn.train.deadline import Deadline
+from cairn.train.diagnosis import first_bad, first_documents
 from cairn.train.folder import RunFolder
+from cairn.train.guard import Guard, Spike
+from cairn.train.opening import build_engines, newest_checkpoint, open_folder, open_loader, restore, was_evaluated
+from cairn.train.outcome import Outcome, introduction
 from cairn.train.peak import matmul_peak
-from cairn.train.signals import StopSignal
+from cairn.train.pending import Pending
+from cairn.train.signals import Stopped, StopSignal
+from cairn.train.speed import Speed
 from cairn.train.task import Task
 from cairn.train.track import Tracker
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call of `train` ended."""
-
-    folder: RunFolder
-    first: int
-    """Steps that were done when the call began."""
-    step: int
-    stopped_by: str | None
-    """Name of the signal that ended it early."""
-    metrics: dict[str, float]
-    """The last evaluation."""
-    seconds: float
-
-    def summary(self) -> str:
-        """What a user wants to know at the end, and how to go on."""
-        lines = [f"run folder: {self.folder.path}"]
-        if self.stopped_by:
-            where = f"after step {self.step}, checkpoint saved" if self.step else "before the first step"
-            lines.append(f"stopped by {self.stopped_by} {where}: the same command goes on")
-        elif self.first == self.step:
-            lines.append(f"was finished already, after {self.step} steps: another run.name starts a new run")
-        else:
-            lines.append(f"finished {self.step} steps ({self.seconds:.0f} s in this call)")
-        lines += [f"{name}: {value:.4f}" for name, value in self.metrics.items()]
-        return "\n".join([*lines, f"report: cairn report {self.folder.path}"])
+from cairn.train.watchdog import Watchdog
 
 
 def train(task: Task, config: RunConfig, cluster: Cluster) -> Outcome:
     """Train a task to `train.steps` steps, from the newest good checkpoint of its run folder if there is one.
 
     Raises:
-        UserError: for a batch that does not divide, a run folder of another config, a checkpoint of another corpus.
+        UserError: for a batch that does not divide, a run folder of another config or in use, a checkpoint of another
+            corpus, a disk that is full, numbers that stay bad; TryAgain when a rank was lost.
     """
     return Trainer(task, config, cluster).run()
 
@@ -78,182 +54,231 @@ class Trainer:
         self.task, self.config, self.cluster = task, config, cluster
         # First what may be wrong with them: a run that cannot start leaves no folder, and one that cannot be judged
         # does not fail at its end.
-        self.loader, self.valid_loader = cluster.on_all(lambda: (self._loader("train"), self._loader("valid")))
-        self.folder = RunFolder(config.run.dir, config.run.name)
-        cluster.on_main(self._open_folder)
-        section = config.checkpoint
-        self.store = CheckpointStore(
-            self.folder.checkpoints,
-            cluster.rank,
-            cluster.world_size,
-            section.keep_last,
-            section.keep_every,
-            section.background,
+        self.loader, self.valid_loader = cluster.on_all(
+            lambda: (open_loader(task, "train", config, cluster), open_loader(task, "valid", config, cluster))
         )
-        self.lr_factor = schedule(config.schedule, config.train.steps)
+        self.folder = RunFolder(config.run.dir, config.run.name)
+        self.lock, self.store = open_folder(self.folder, config, cluster)
+        held_out = len(self.valid_loader.samples)
+        evaluated = min(config.train.eval_samples or held_out, held_out)
+        self.deadline = Deadline(config, schedule(config.schedule, config.train.steps), evaluated)
+        self.guard = Guard(config.guard)
         self.step = 0
-        self.threads: int | None = None
-        """CPU threads of a rank when the checkpoint was written that this run goes on from."""
-        self.pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.saved: int | None = None
+        """Step of the newest checkpoint."""
+        self.stopped = False
+        """Whether all ranks agreed to stop before the end."""
+        self.pending = Pending()
         self.metrics: dict[str, float] = {}
 
     def run(self) -> Outcome:
-        """The loop."""
-        config, start = self.config.train, time.perf_counter()
-        checkpoint = self._newest()
-        if checkpoint is not None and checkpoint.step >= config.steps:
-            return self._outcome(checkpoint.step, checkpoint.step, None, start)
-        torch.manual_seed(self.config.seed)
-        models = self.task.models()
-        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-        self.engines = {
-            name: Engine(model, self.config.engine, self.config.optim, config.micro_batch_size, self.cluster, name)
-            for name, model in models.items()
-        }
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        self.engine = next(iter(self.engines.values()))
-        self.peak = matmul_peak(self.engine.device, self.engine.dtype) * self.cluster.world_size
-        tracker = Tracker(
-            self.folder, self.config.track, self.config.model_dump(mode="json"), self.cluster.is_main, config.steps
-        )
+        """All of it, with the run folder locked, signals heard and ranks watched over."""
         with (
-            StopSignal(self.cluster) as stop,
-            tracker as self.tracker,
-            self.store,
+            self.lock if self.cluster.is_main else nullcontext(),
             closing(self.loader),
             closing(self.valid_loader),
+            StopSignal(self.cluster) as self.stop,
+            Watchdog(self.cluster, self.folder, self.config.guard) as self.watchdog,
         ):
-            self._introduce(sizes)
+            try:
+                return self._run()
+            except RuntimeError as error:  # a collective's, maybe: is another rank gone?
+                told = self.watchdog.explain(error)
+                if told is None:
+                    raise
+                raise told from error
+
+    def _run(self) -> Outcome:
+        """Restore, loop, and how it ended."""
+        config, start = self.config, time.perf_counter()
+        checkpoint = newest_checkpoint(self.store, self.task, self.cluster)
+        if checkpoint is not None:
+            self.step = self.saved = checkpoint.step
+            self.deadline.load(self.step, checkpoint.state)
+            self.guard.load(checkpoint.state.get("guard", {}))
+        first, owed = self.step, self.cluster.on_main(self._owes_evaluation)
+        if self.step >= self.deadline.end and not owed:
+            return self._outcome(first, start)
+        self.engines, sizes = build_engines(self.task, config, self.cluster)
+        if checkpoint is not None:
+            restore(self.engines, checkpoint)
+        self.engine = next(iter(self.engines.values()))
+        peak = matmul_peak(self.engine.device, self.engine.dtype) * self.cluster.world_size
+        self.speed = Speed(self.loader, self.task, config.train.global_batch_size, peak)
+        main, steps = self.cluster.is_main, self.deadline.end
+        with (
+            Tracker(self.folder, config.track, config.model_dump(mode="json"), main, steps) as self.tracker,
+            self.store,
+        ):
+            threads = None if checkpoint is None else checkpoint.state.get("threads")
+            for line in introduction(config, sizes, self.task.tokens_per_sample, self.cluster, self.step, threads):
+                self.tracker.message(line)
             self.tracker.truncate(self.step)
-            self._mark()
-            first = self.step
-            while self.step < config.steps and not stop.agreed():
-                self._train_step()
-                last = self.step == config.steps
-                if _due(self.step, config.log_every) or last:
-                    self._flush()
-                self.tracker.progress(self.step, {})
-                if _due(self.step, config.eval_every) or last:
-                    self._evaluate()
-                if _due(self.step, self.config.checkpoint.every) or last:
-                    self._save()
-            if stop.name and self.step > first and self.store.last_step != self.step:
+            self.speed.mark()
+            if owed:
+                self._evaluate()
+            self._loop()
+            if self.stopped and self.step > first and self.saved != self.step and self._flush():
                 self._save()
-        return self._outcome(first, self.step, stop.name if self.step < config.steps else None, start)
+            self.watchdog.phase("save", self.step)
+            self.cluster.on_all(self.store.wait)
+        return self._outcome(first, start)
 
-    def _outcome(self, first: int, step: int, stopped_by: str | None, start: float) -> Outcome:
+    def _loop(self) -> None:
+        """Step by step, to the end or until all ranks agree to stop."""
+        train, save_every = self.config.train, self.config.checkpoint.every
+        while self.step < self.deadline.end and not self._stops():
+            urgent, cooldown = self._train_step(), self.deadline.cooldown
+            due = any(_due(self.step, every) for every in (train.log_every, train.eval_every, save_every))
+            if (due or urgent or self.step == self.deadline.end) and not self._flush():
+                continue
+            last = self.step == self.deadline.end  # which the flush may have brought forward
+            self.tracker.progress(self.step, {})
+            if last or _due(self.step, train.eval_every):
+                self._evaluate()
+            if last or _due(self.step, save_every) or self.deadline.cooldown != cooldown:
+                self._save()
+
+    def _stops(self) -> bool:
+        """Whether all ranks agree to stop; raises on all what has gone wrong on one."""
+        self.stopped = self.stop.agreed(self.store.trouble() or self.tracker.trouble())
+        return self.stopped
+
+    def _outcome(self, first: int, start: float) -> Outcome:
+        stopped_by = self.stop.name if self.stopped else None
+        early = not stopped_by and self.step < self.config.train.steps
         metrics = self.metrics or self.folder.last_evaluation()
-        return Outcome(self.folder, first, step, stopped_by, metrics, time.perf_counter() - start)
+        return Outcome(self.folder, first, self.step, stopped_by, metrics, time.perf_counter() - start, early)
 
-    def _loader(self, split: str) -> Loader:
-        section, world_size = self.config.train, self.cluster.world_size
-        # evaluation has no global batch: it takes micro-batches until the samples are used up
-        size = section.global_batch_size if split == "train" else section.micro_batch_size * world_size
-        return Loader(self.task.samples(split), size, section.micro_batch_size, self.cluster.rank, world_size)
-
-    def _open_folder(self) -> None:
-        if not self.config.checkpoint.resume and (steps := steps_in(self.folder.checkpoints)):
-            raise UserError(
-                f"checkpoint.resume is false, but {self.folder.path} holds a checkpoint of step {steps[-1]}: "
-                "choose another run.name, or remove that folder"
-            )
-        self.folder.create(self.config)
-
-    def _introduce(self, sizes: dict[str, int]) -> None:
-        """Say what is about to run, and on what."""
-        section, engine = self.config.train, self.config.engine
-        device = self.engine.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        where = f"{self.cluster.world_size} x {name}, {engine.precision}, ZeRO stage {engine.zero_stage}"
-        tokens = section.global_batch_size * self.task.tokens_per_sample
-        for model, size in sizes.items():
-            self.tracker.message(f"{model}: {size:,} parameters on {where}")
-        split = f"{self.cluster.world_size} x {self.loader.grad_accum} x {section.micro_batch_size}"
-        self.tracker.message(
-            f"{section.steps:,} steps of {section.global_batch_size:,} samples ({tokens:,} tokens): "
-            f"ranks x accumulation x micro-batch = {split}"
-        )
-        if self.step:
-            self.tracker.message(f"going on from the checkpoint of step {self.step}")
-        threads = torch.get_num_threads()
-        if device.type == "cpu" and self.threads not in (None, threads):
-            self.tracker.message(
-                f"warning: {threads} threads a rank now, {self.threads} before: the last bits of losses will differ; "
-                f"OMP_NUM_THREADS={self.threads} keeps them"
-            )
-
-    def _train_step(self) -> None:
-        batches = self.loader.step(self.step)
-        torch.manual_seed(step_seed(self.config.seed, self.step, self.cluster.rank))
-        factor = self.lr_factor(self.step)
-        metrics = self.task.step(self.engines, batches, factor)
-        self.step += 1
-        row: dict[str, Any] = {"step": self.step, "lr": factor * self.engine.base_lr}
-        self.pending.append((row, metrics))
+    def _train_step(self) -> bool:
+        """One step. Whether its row must be looked at now."""
+        self.watchdog.phase("data", self.step + 1)
+        index, factor = self.guard.data_step(self.step), self.deadline.factor(self.step)
+        batches = self.loader.step(index)
+        self.watchdog.phase("step", self.step + 1)
+        metrics = self._task_step(self.step, batches)
+        row: dict[str, Any] = {"step": self.step + 1, "lr": factor * self.engine.base_lr}
+        self.pending.add(row, metrics)
+        if index != self.step:
+            row["data_step"] = index
         if any(engine.skipped for engine in self.engines.values()):
             row["skipped"] = True
         for name, engine in self.engines.items():
             row["grad_norm" if len(self.engines) == 1 else f"grad_norm/{name}"] = engine.grad_norm
+        self.step += 1
+        return self.guard.stepped(self.step, self.engines)
 
-    def _flush(self) -> None:
-        """Turn pending metrics into rows: one reduction over ranks and one wait for the device for all of them."""
+    def _task_step(self, step: int, batches: list[Batch]) -> dict[str, Tensor]:
+        torch.manual_seed(step_seed(self.config.seed, step, self.cluster.rank))
+        return self.task.step(self.engines, batches, self.deadline.factor(step))
+
+    def _flush(self) -> bool:
+        """Turn pending metrics into rows: one reduction over ranks and one wait for the device for all of them.
+
+        False if by these rows the run has gone back to an earlier step.
+        """
         if not self.pending:
-            return
-        names = list(self.pending[0][1])
-        table = torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in self.pending])
-        if self.cluster.world_size > 1:
-            dist.all_reduce(table)
-        rows = []
-        per_step = self.task.tokens_per_sample * self.config.train.global_batch_size
-        for (row, _), values in zip(self.pending, table.tolist(), strict=True):
-            row |= dict(zip(names, values, strict=True))
-            row |= {k: v.item() for k, v in row.items() if isinstance(v, Tensor)}
-            row["tokens"] = row["step"] * per_step
-            rows.append(row)
-        rows[-1] |= self._throughput(len(rows))
-        self.pending = []
+            return True
+        self.watchdog.phase("log", self.step)
+        speed = self.speed.row(len(self.pending))
+        proposed = self.deadline.propose(self.step, len(self.pending), speed["step_seconds"])
+        rows, proposed = self.pending.collect(proposed if self.cluster.is_main else 0)
+        for row in rows:
+            row["tokens"] = row["step"] * self.task.tokens_per_sample * self.config.train.global_batch_size
+        rows[-1] |= speed
         self.tracker.rows(rows)
         if skipped := [str(row["step"]) for row in rows if "skipped" in row]:
             self.tracker.message(f"warning: no update in step {', '.join(skipped)}: the gradient was not finite")
-        self._mark()
+        went_on = self._judge(rows)
+        if went_on and self.deadline.adopt(self.step, proposed):
+            end = self.deadline.end
+            self.tracker.message(f"train.max_hours: cooling down from step {self.step}, to end after step {end}")
+        self.speed.mark()
+        return went_on
 
-    def _mark(self) -> None:
-        self.window_start, self.window_wait = time.perf_counter(), self.loader.wait_seconds
+    def _judge(self, rows: list[dict[str, Any]]) -> bool:
+        """Go by the guard. False if the run has gone back to an earlier step."""
+        spikes = self.guard.judge(rows, first_only=self.saved is not None)
+        if self.guard.exhausted:
+            step, count = self.guard.first_bad, self.guard.bad
+            self._give_up(step, f"no update in {count} steps in a row, {step} to {self.step} (guard.max_skipped)")
+        if spikes and self.saved is not None:
+            self._roll_back(spikes[0])
+            return False
+        for spike in spikes:
+            self.tracker.message(f"warning: {spike}; there is no checkpoint to go back to")
+        return True
 
-    def _throughput(self, steps: int) -> dict[str, float]:
-        seconds = time.perf_counter() - self.window_start
-        samples = steps * self.config.train.global_batch_size
-        flops = samples * self.task.flops_per_sample / seconds
-        # the peak of rank 0 since its start
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            # ru_maxrss counts kilobytes on Linux and bytes on macOS
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {
-            "tokens_per_s": samples * self.task.tokens_per_sample / seconds,
-            "step_seconds": seconds / steps,
-            "flops_per_s": flops,
-            "mfu": flops / self.peak,
-            "data_wait": (self.loader.wait_seconds - self.window_wait) / seconds,
-            "memory_gb": memory / 2**30,
-        }
+    def _roll_back(self, spike: Spike) -> None:
+        """Go back to the last checkpoint and pass over the samples from there to the spike."""
+        self.cluster.on_all(self.store.wait)
+        checkpoint = newest_checkpoint(self.store, self.task, self.cluster)
+        if checkpoint is None or self.guard.rollbacks >= self.config.guard.max_rollbacks:
+            raise self._told(
+                f"{spike}, after {self.guard.rollbacks} roll-backs (guard.max_rollbacks): lower optim.lr, or look at "
+                f"what the steps before it read; the checkpoint of step {self.saved} is as it was"
+            )
+        restore(self.engines, checkpoint)
+        self.step = checkpoint.step
+        self.guard.roll_back(spike, self.step, checkpoint.state.get("guard", {}))
+        self.deadline.load(self.step, checkpoint.state, same_call=True)
+        self.tracker.truncate(self.step)
+        passed = f"passing over the samples of steps {self.step + 1} to {spike.step}"
+        self.tracker.message(f"{spike}: back to the checkpoint of step {self.step}, {passed}")
+
+    def _give_up(self, step: int, reason: str) -> NoReturn:
+        """Stop for bad numbers, telling what went bad first in a step, which is run once more to find out."""
+        index, size = self.guard.data_step(step - 1), self.config.train.global_batch_size
+        batches, samples = self.loader.step(index), range(index * size, (index + 1) * size)
+        found = first_bad(self.engines, lambda: self._task_step(step - 1, batches))
+        documents = self.cluster.on_main(lambda: first_documents(self.task, samples))
+        self.cluster.on_all(self.store.wait)
+        batch = f"{documents} (`cairn batch {self.folder.path} {step}` lists them all)"
+        kept = "there is no checkpoint" if self.saved is None else f"the checkpoint of step {self.saved} is as it was"
+        raise self._told(
+            f"{reason}; step {step}: {found}; its documents: {batch}; {kept}, and the same command goes on from there"
+        )
+
+    def _told(self, text: str) -> UserError:
+        """An error that every rank raises, told by one."""
+        return UserError(text) if self.cluster.is_main else QuietError(text)
 
     def _evaluate(self) -> None:
-        self._flush()
+        start = time.perf_counter()
+        self.watchdog.phase("evaluate", self.step)
         for engine in self.engines.values():
             engine.sync_buffers()
-        section = self.config.train
-        batches = self.valid_loader.evaluation(section.micro_batch_size, section.eval_samples)
-        self.metrics = {f"valid/{k}": v for k, v in self.task.evaluate(self.engines, batches).items()}
+        try:
+            metrics = self.task.evaluate(self.engines, self._held_out())
+        except Stopped:
+            self.tracker.message(f"step {self.step}: evaluation cut short; the same command does it first")
+            return
+        self.metrics = {f"valid/{k}": v for k, v in metrics.items()}
         self.tracker.rows([{"step": self.step, **self.metrics}])
         values = "  ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
         self.tracker.message(f"step {self.step}: {values}")
-        self._mark()
+        self.deadline.eval_seconds = time.perf_counter() - start
+        self.speed.mark()
+
+    def _held_out(self) -> Iterator[Batch]:
+        """Held-out batches, until all ranks agree to stop."""
+        section = self.config.train
+        for batch in self.valid_loader.evaluation(section.micro_batch_size, section.eval_samples):
+            self.watchdog.phase("evaluate", self.step)
+            if self._stops():
+                raise Stopped
+            yield batch
+
+    def _owes_evaluation(self) -> bool:
+        """Whether an evaluation is due that the call which came to this step had no time for."""
+        due = self.step == self.deadline.end or _due(self.step, self.config.train.eval_every)
+        return self.step > 0 and due and not was_evaluated(self.folder, self.step)
 
     def _save(self) -> None:
-        self._flush()
+        start = time.perf_counter()
+        self.watchdog.phase("save", self.step)
+        if not all(engine.finite() for engine in self.engines.values()):
+            self._give_up(self.step, f"weights are not finite after step {self.step}, so they are not saved")
         self.tracker.sync()
         for engine in self.engines.values():
             engine.sync_buffers()
@@ -263,36 +288,15 @@ class Trainer:
             "seed": self.config.seed,
             "identity": self.task.identity(),
             "threads": torch.get_num_threads(),
+            "guard": self.guard.state(),
+            **self.deadline.state(),
             "engines": {name: engine.scalars() for name, engine in self.engines.items()},
         }
         tensors = ((f"{name}/{key}", value) for name, engine in self.engines.items() for key, value in engine.tensors())
         self.store.save(self.step, tensors, state)
-        self._mark()
-
-    def _newest(self) -> Checkpoint | None:
-        """The newest good checkpoint: rank 0 checks it and what it was trained on, every rank opens it."""
-
-        def step_of_latest() -> int | None:
-            checkpoint = self.store.latest()
-            if checkpoint is None:
-                return None
-            for key, value in self.task.identity().items():
-                saved = checkpoint.state["identity"].get(key)
-                if saved is not None and saved != value:  # an imported run has met no corpus yet
-                    raise UserError(
-                        f"{self.folder.path}: the {key} is not the one this run was trained with "
-                        f"({value[:12]} now, {str(saved)[:12]} then): restore it, or choose another run.name"
-                    )
-            return checkpoint.step
-
-        step = self.cluster.on_main(step_of_latest)
-        return None if step is None else self.cluster.on_all(lambda: self.store.open(step))
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        for name, engine in self.engines.items():
-            engine.load(_of(name, checkpoint))
-            engine.load_scalars(checkpoint.state["engines"][name])
-        self.step, self.threads = checkpoint.step, checkpoint.state.get("threads")
+        self.saved = self.step
+        self.deadline.save_seconds = time.perf_counter() - start + self.store.write_seconds
+        self.speed.mark()
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -302,7 +306,3 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _of(name: str, checkpoint: Checkpoint) -> Callable[[str], Tensor | None]:
-    return lambda key: checkpoint.read(f"{name}/{key}")

@@ -121,6 +121,10 @@ class DCGAN:
         """Digits with noise."""
         return WithNoise(Digits(self.config.data, split, self.config.seed), self.config.model.d_latent)
 
+    def origin(self, index: int) -> list[str]:
+        """Its number: images have no file of their own."""
+        return [f"sample {index}"]
+
     def identity(self) -> dict[str, str]:
         """The training images."""
         return {"data": fingerprint(self.config.data)}

@@ -76,14 +76,22 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
     same(straight, folder)
 
 
-def test_a_stop_signal_during_evaluation_lets_it_end(place: Place, straight: RunFolder) -> None:
-    folder = place.folder("evaluating")
-    said = place.run(place.gpt, "evaluating", BF16, before=Mishap(signal.SIGINT, 1, "evaluate")).text
-    assert said.index("SIGINT: stopping after this step or evaluation") < said.index("step 7: valid/loss")
-    assert "stopped by SIGINT after step 7, checkpoint saved" in said
-    assert folder.rows()[-1].keys() == {"step", "valid/loss", "valid/bits_per_byte"}
-    place.run(place.gpt, "evaluating", BF16)
+@pytest.mark.parametrize("step", [7, STEPS])
+def test_a_stop_signal_cuts_an_evaluation_short_and_the_same_command_does_it_first(
+    place: Place, straight: RunFolder, step: int
+) -> None:
+    folder = place.folder(f"evaluating-{step}")
+    hit = Mishap(signal.SIGUSR1, step // 7, "evaluate")
+    said = place.run(place.gpt, folder.path.name, BF16, before=hit).text
+    assert said.index("SIGUSR1: stopping after this step or batch") < said.index(f"step {step}: evaluation cut short")
+    assert f"stopped by SIGUSR1 after step {step}, checkpoint saved" in said
+    assert "loss" in folder.rows()[-1]
+    assert max(steps_in(folder.checkpoints)) == step
+    said = place.run(place.gpt, folder.path.name, BF16).text
+    assert f"going on from the checkpoint of step {step}" in said
+    assert [row["step"] for row in folder.rows() if "loss" not in row] == [7, STEPS]
     same(straight, folder)
+    assert f"was finished already, after {STEPS} steps" in place.run(place.gpt, folder.path.name, BF16).text
 
 
 def test_a_second_ctrl_c_ends_at_once_and_loses_only_steps(place: Place, straight: RunFolder) -> None:

@@ -24,8 +24,9 @@ from cairn.errors import UserError
 from cairn.train.checkpoint import Checkpoint, steps_in
 from cairn.train.engine import Engine
 from cairn.train.folder import RunFolder
+from cairn.train.outcome import Outcome
 from cairn.train.task import LossTask
-from cairn.train.trainer import Outcome, step_seed, train
+from cairn.train.trainer import step_seed, train
 
 SYNCS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"}
 
