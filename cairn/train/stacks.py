@@ -61,17 +61,33 @@ def show(hidden: Path) -> None:
 
 def main_thread() -> tuple[str, bool]:
     """Where the main thread is, as FILE:LINE FUNCTION of the innermost function that is not a library's, and whether
-    it waits for other ranks."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    frames: list[FrameType] = []
+    it waits for other ranks. Where it waits for a loader's thread (data/batches.py), it is where that thread is."""
+    frames = _frames(threading.main_thread())
+    if not frames:
+        return "no Python function", False
+    waits = any(_module(frame).startswith(WAITING) for frame in frames)
+    if _module(own := _own(frames) or frames[0]) == "cairn.data.batches":
+        loaders = [_own(_frames(thread)) for thread in threading.enumerate() if thread.name.startswith("loader")]
+        own = next((frame for frame in loaders if frame is not None), own)
+    return f"{_short(own.f_code.co_filename)}:{own.f_lineno} {own.f_code.co_name}", waits
+
+
+def _frames(thread: threading.Thread) -> list[FrameType]:
+    """Of the innermost function first."""
+    frames, frame = [], sys._current_frames().get(thread.ident or 0)
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
-    if not frames:
-        return "no Python function", False
-    own = next((frame for frame in frames if not _of_library(frame.f_code.co_filename)), frames[0])
-    waits = any(str(frame.f_globals.get("__name__")).startswith(WAITING) for frame in frames)
-    return f"{_short(own.f_code.co_filename)}:{own.f_lineno} {own.f_code.co_name}", waits
+    return frames
+
+
+def _own(frames: list[FrameType]) -> FrameType | None:
+    """The innermost that is not a library's."""
+    return next((frame for frame in frames if not _of_library(frame.f_code.co_filename)), None)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def runs(pid: int) -> bool:

@@ -4,14 +4,20 @@ import math
 import os
 import re
 import signal
+import sys
+import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cairn.cluster import Cluster
 from cairn.config.train import GuardSection
+from cairn.data.batches import Item, Loader
 from cairn.train.beats import Beat, Judge, Verdict
 from cairn.train.folder import RunFolder
 from cairn.train.stacks import main_thread, runs
@@ -19,6 +25,7 @@ from cairn.train.watchdog import Watchdog
 from tests.pretrain.runs import Done, Job, start
 
 LOST_S = 2.0
+MAIN = threading.main_thread().ident or 0
 
 
 def job(folder: Path, mishap: str, rank: int, ranks: int = 2, hang: float = 0.0, steps: int = 6) -> Job:
@@ -219,3 +226,32 @@ def test_where_the_main_thread_is() -> None:
     assert not waits
     assert runs(os.getpid())
     assert not runs(2**22 + 1)
+
+
+def test_a_main_thread_that_waits_for_the_loader_is_where_the_loader_is() -> None:
+    read, go = threading.Event(), threading.Event()
+
+    class Slow:
+        def __len__(self) -> int:
+            return 1
+
+        def item(self, k: int) -> Item:
+            read.set()
+            go.wait()
+            return {"input_ids": np.zeros(2)}
+
+    said = []
+
+    def watch() -> None:
+        read.wait()
+        while "in _wait" not in "".join(traceback.format_stack(sys._current_frames()[MAIN])):
+            time.sleep(0.01)  # until the main thread waits
+        said.append(main_thread()[0])
+        go.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with closing(Loader(Slow(), 1, 1)) as loader:
+        loader.step(0)
+    watcher.join()
+    assert re.fullmatch(r"tests/train/test_watchdog.py:\d+ item", said[0])
