@@ -80,11 +80,11 @@ def test_no_room_for_metrics(place: Place, disk: Path, tmp_path: Path) -> None:
     folder = RunFolder(disk, "rows")
     argv = (place.gpt, f"run.dir={disk}", "run.name=rows", "train.log_every=1")
     full = FillUp(disk, 6, 0, folder_of(folder.checkpoints, 4))
-    said = runs.run(*argv, "train.steps=400", "checkpoint.every=4", folder=tmp_path, before=full, code=2).text
+    said = runs.run(*argv, "train.steps=60", "checkpoint.every=4", folder=tmp_path, before=full, code=2).text
     assert said.count("error:") == 1, said
     assert "No space left on device" in said or "are free" in said
     (disk / "ballast").unlink()
-    assert "going on from the checkpoint of step" in runs.run(*argv, "train.steps=400", folder=tmp_path).text
+    assert "going on from the checkpoint of step" in runs.run(*argv, "train.steps=60", folder=tmp_path).text
 
 
 def test_a_read_only_run_folder_is_refused_at_the_start(place: Place, disk: Path, tmp_path: Path) -> None:
