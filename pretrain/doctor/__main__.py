@@ -13,6 +13,7 @@ from rich.text import Text
 from cairn.config.load import load
 from cairn.config.main import Parser, run_main
 from cairn.config.schema import PretrainConfig
+from cairn.errors import UserError
 from pretrain.doctor.finding import Finding, Level, examine
 
 STYLES: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "bold red"}
@@ -31,6 +32,8 @@ def parser() -> Parser:
 def main() -> int:
     """Print a line a check, and how many there were of each kind."""
     args = parser().parse_intermixed_args()
+    if args.world < 1:
+        raise UserError(f"--world {args.world}: expected at least 1")
     config = load(PretrainConfig, args.config, args.overrides) if args.config else None
     console, counts = Console(), Counter[Level]()
     for name, finding in findings(config, args.world, args.quick):

@@ -80,6 +80,7 @@ def test_an_error_is_the_exit_status(place: Place) -> None:
     assert len(re.findall("^error", said, re.M)) == 1, said
     assert re.search(r"^ok +export ", said, re.M), "and the others are still made"
     assert "checksums" not in said
+    assert "--world 0: expected at least 1" in doctor(place, "--world", "0", code=2)
     assert "unknown key" in doctor(place, place.gpt, "model.layers=3", code=2)
 
 
