@@ -24,6 +24,8 @@ track: {{progress: false, wandb: offline, tensorboard: true}}
 MARKER = "mark3r-0f-a-s3cret-00000000000000000000000"  # as long as wandb wants a key to be
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FOO_PASSWORD")
 
+SERVICE = "WANDB_SERVICE"  # names wandb's process of another test, which would write the files of this run too
+
 
 def prepared(here: Path) -> Path:
     """A config and its corpus."""
@@ -65,14 +67,15 @@ class Umask:
 
     def __call__(self, rank: int) -> None:
         os.umask(self.umask)
+        os.environ.pop(SERVICE, None)
 
 
 class Secrets:
     """Put secrets into the environment of a run, and one where git keeps its remote."""
 
     def __call__(self, rank: int) -> None:
-        for name in SECRETS:
-            os.environ[name] = MARKER
+        os.environ |= dict.fromkeys(SECRETS, MARKER)
+        os.environ.pop(SERVICE, None)
 
 
 def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
