@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-cluster check bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -30,6 +30,10 @@ check: install
 # Two workers of one thread each: torch's tests are too small to gain from more threads.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not cluster'
+
+# On a real SLURM of three nodes on this machine; needs root, and the packages that .ci/run installs. Else skipped.
+test-cluster: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cluster
 
 # The peers it measures beside need a package more.
 bench: install
