@@ -1,0 +1,1 @@
+"""`cairn plan`: memory, speed, time and cost of a run before it starts."""
