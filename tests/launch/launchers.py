@@ -1,0 +1,103 @@
+"""Start real launchers whose ranks do what a test says; `python -m tests.launch.launchers` is one of them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cairn.config.main import run_main
+from launch import link, node, rendezvous
+from launch.job import Job
+
+LIMIT_S = 60.0
+PRELUDE = "import os, sys, time, signal, pathlib; folder = pathlib.Path(folder)\n"
+
+
+class Launcher:
+    """One launcher: `code` is run by each of its ranks, which find `rank`, `local`, `world` and `folder`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        code: str,
+        *,
+        module: str = "tests.launch.rank",
+        args: list[str] | None = None,
+        ranks: int = 1,
+        restarts: int = 0,
+        constants: dict[str, float] | None = None,
+        env: dict[str, str] | None = None,
+        stdin: Any = subprocess.DEVNULL,
+        stdout: Any = subprocess.PIPE,
+        **options: Any,
+    ) -> None:
+        args = [PRELUDE + code, str(folder)] if args is None else args
+        job = {"module": module, "args": args, "folder": str(folder), "ranks": ranks, "restarts": restarts}
+        own = {"job": job, "options": options, "constants": constants or {}}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RANK", "WORLD"))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.launch.launchers", json.dumps(own)],
+            env=clean | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | (env or {}),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.STDOUT if stdout != subprocess.PIPE else subprocess.PIPE,
+        )
+        self.folder = folder
+
+    def end(self, status: int) -> str:
+        """What it said, once it has ended with this status; stdout, then stderr."""
+        try:
+            out, err = self.process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            out, err = self.process.communicate()
+            raise AssertionError(f"did not end:\n{(out or b'').decode()}\n{(err or b'').decode()}") from None
+        text = (out or b"").decode(errors="replace") + (err or b"").decode(errors="replace")
+        assert self.process.returncode == status, f"{self.process.returncode}, not {status}:\n{text}"
+        return text
+
+    def log(self, rank: int) -> list[str]:
+        """The lines of a rank's log without its prefix and its header lines."""
+        text = (self.folder / "logs" / f"rank-{rank:05}.log").read_text()
+        lines = [re.fullmatch(rf"\[rank {rank} [^\] ]+\] (.*)", line) for line in text.splitlines()]
+        assert all(lines), text
+        return [line[1] for line in lines if line and not re.match(r"\d{4}-\d\d-\d\d .* attempt \d+: ", line[1])]
+
+
+def until(found: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
+    """What `found` gives, once it gives anything."""
+    deadline = time.monotonic() + limit_s
+    while not (value := found()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return value
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def main() -> int:
+    """What the test asks for."""
+    asked = json.loads(sys.argv[1])
+    for name, value in asked["constants"].items():
+        owner = next(module for module in (node, rendezvous, link) if hasattr(module, name))
+        setattr(owner, name, value)
+    job = asked["job"]
+    return node.run(
+        Job(job["module"], tuple(job["args"]), Path(job["folder"]), job["ranks"], job["restarts"]), **asked["options"]
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
