@@ -21,8 +21,8 @@ WIDTH = 450.0
 TOKENS = 1024.0
 """Tokens of a micro-batch at which half of it is reached. Assumed."""
 CPU = 0.8
-"""Share of a CPU's measured matrix product that forward and backward reach: with the update, 8 layers of 512 then take the
-time of docs/benchmarks.md, 2.50 s a step."""
+"""Share of a CPU's measured matrix product that forward and backward reach. With the update, 8 layers of 512 then take
+2.5 s a step, as they did for docs/benchmarks.md."""
 LINK = 0.8
 """Share of a link's rate that collectives reach. Assumed."""
 TRAFFIC = 0.7
