@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cairn import __version__
 from cairn.cluster import Cluster
@@ -27,12 +28,14 @@ class Verb:
     schema: type[Section] | None
     usage: str
     help: str
+    processes: Literal["", "one", "many"] = ""
+    """How many of it `cairn launch` starts; "": it is not for it."""
 
 
 CONFIG = "CONFIG [section.key=value ...]"
 VERBS = {
-    "pretrain": Verb("pretrain", PretrainConfig, CONFIG, "train a language model from scratch"),
-    "prepare": Verb("pretrain.prepare", PretrainConfig, CONFIG, "tokenize the corpus and stop"),
+    "pretrain": Verb("pretrain", PretrainConfig, CONFIG, "train a language model from scratch", "many"),
+    "prepare": Verb("pretrain.prepare", PretrainConfig, CONFIG, "tokenize the corpus and stop", "one"),
     "generate": Verb("cairn.decode", None, "RUN --prompt TEXT [options]", "write text with a trained model"),
     "report": Verb("cairn.train.report", None, "RUN ...", "one HTML page of curves, config and throughput"),
     "verify-resume": Verb(
@@ -43,8 +46,8 @@ VERBS = {
     "plan": Verb("cairn.plan", PretrainConfig, f"{CONFIG} [options]", "memory, speed, time and cost before a run"),
     "doctor": Verb("pretrain.doctor", None, "[CONFIG ...]", "check the machine, and a config on it"),
     "batch": Verb("pretrain.batch", None, "RUN STEP", "the documents that a step was trained on"),
-    "vision": Verb("recipes.vision", VisionConfig, CONFIG, "train an image classifier"),
-    "gan": Verb("recipes.gan", GANConfig, CONFIG, "train a generative adversarial network"),
+    "vision": Verb("recipes.vision", VisionConfig, CONFIG, "train an image classifier", "many"),
+    "gan": Verb("recipes.gan", GANConfig, CONFIG, "train a generative adversarial network", "many"),
 }
 TOLD_THE_VERB = ("export", "import")  # cairn.hub does both
 SCHEMAS = tuple(dict.fromkeys(verb.schema for verb in VERBS.values() if verb.schema is not None))
@@ -66,8 +69,12 @@ def cairn(argv: Sequence[str]) -> int:
     name, rest = argv[0], list(argv[1:])
     if name == "config":
         return show_config(rest)
+    if name == "launch":
+        from launch.launch import launch
+
+        return launch(rest, VERBS)
     if name not in VERBS:
-        raise UserError(f"{name}: unknown verb{close(name, [*VERBS, 'config']) or '; see cairn --help'}")
+        raise UserError(f"{name}: unknown verb{close(name, [*VERBS, 'launch', 'config']) or '; see cairn --help'}")
     verb = VERBS[name]
     if verb.schema is not None:
         usage = f"usage: cairn {name} {verb.usage}\n\n{verb.help}"
@@ -122,6 +129,7 @@ def show_config(args: Sequence[str]) -> int:
 def overview() -> str:
     """The text of `cairn --help`."""
     rows = [(f"cairn {name} {verb.usage}", verb.help) for name, verb in VERBS.items()]
+    rows.append(("cairn launch [where] VERB CONFIG ...", "start it on many GPUs or machines, or as a SLURM job"))
     rows.append((f"cairn config {CONFIG}", "print every value and where it came from"))
     width = max(len(left) for left, _ in rows)
     lines = [f"  {left:{width}}  {right}" for left, right in rows]
@@ -132,7 +140,7 @@ def overview() -> str:
             *lines,
             "",
             "CONFIG is a YAML file such as configs/pretrain/gpt-tiny.yaml, or the folder of a run.",
-            "`cairn VERB --help` lists every key. On several processes: torchrun -m pretrain CONFIG, or srun.",
+            "`cairn VERB --help` lists every key. On several processes: `cairn launch`, torchrun or srun.",
             "",
         ]
     )

@@ -22,6 +22,12 @@ TINY = str(ROOT / "configs/pretrain/gpt-tiny.yaml")
         (["--help"], 0, "cairn pretrain CONFIG"),
         (["pretrain", "--help"], 0, "optim.name=muon"),
         (["gan", "--help"], 0, "model.d_latent"),
+        (["--help"], 0, "cairn launch [where] VERB CONFIG"),
+        (["launch", "--help"], 0, "cairn launch --procs 2 pretrain CONFIG"),
+        (["launch", "--help-cluster"], 0, "signal_seconds = 180"),
+        (["launch", "--gpsu", "4", "pretrain", TINY], 2, "error: --gpsu: unknown option; did you mean --gpus?"),
+        (["launch", "--slurm", "--dry-run", "pretrain", TINY], 0, "#SBATCH --requeue"),
+        (["lunch", TINY], 2, "did you mean launch?"),
         (["config", TINY, "train.steps=7"], 0, "steps: 7"),
         (["config", str(ROOT / "configs/vision/vit-digits.yaml")], 0, "name: vit"),
         (

@@ -16,6 +16,7 @@ from cairn.config.load import load
 from cairn.errors import UserError
 from cairn.train.folder import MAY_DIFFER
 from launch.cli import VERBS, split
+from launch.options import parser, read, runs
 
 ROOT = Path(__file__).parents[1]
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -100,6 +101,13 @@ def problem(words: list[str], made: dict[str, str]) -> str | None:
     module, args = found
     if "--help" in args or module == "pytest":
         return None
+    if module == "cairn launch":
+        try:
+            options = read(parser([]), args, VERBS)
+            runs(options, VERBS[options.verb].schema)
+        except UserError as error:
+            return str(error)
+        return None
     if module.startswith("benchmarks"):
         return None if (ROOT / f"{module.replace('.', '/')}.py").exists() else "no such benchmark"
     schema = SCHEMAS.get(module)
@@ -136,7 +144,7 @@ def test_verbs_named_in_passing_exist(page: str) -> None:
     text = PAGES[page].read_text("utf-8")
     added = re.findall(r'^\+ +"([\w-]+)": Verb', text, re.M)
     verbs = re.findall(r"`cairn ([a-z][\w-]*)", text)
-    assert [verb for verb in verbs if verb not in (*VERBS, "config", *added)] == []
+    assert [verb for verb in verbs if verb not in (*VERBS, "launch", "config", *added)] == []
 
 
 def only_a_docstring(path: Path) -> bool:

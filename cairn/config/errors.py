@@ -82,7 +82,7 @@ def _mismatch(info: FieldInfo, got: Any) -> str:
         hint = close(got, [name_of(k) for k in sections(info)] if sections(info) else words)
     elif isinstance(got, float) and info.annotation in (int, int | None) and got.is_integer():
         hint = f"; write {int(got)}"
-    elif info.annotation is str and isinstance(got, int | float | bool):
+    elif info.annotation in (str, str | None) and isinstance(got, int | float | bool):
         hint = "; put it in quotes (on the command line: '\"...\"')"
     return f"expected {expected(info)}, got {_got(got)}{hint}"
 
