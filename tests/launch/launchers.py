@@ -50,10 +50,10 @@ class Launcher:
         )
         self.folder = folder
 
-    def end(self, status: int) -> str:
+    def end(self, status: int, limit_s: float = LIMIT_S) -> str:
         """What it said, once it has ended with this status; stdout, then stderr."""
         try:
-            out, err = self.process.communicate(timeout=LIMIT_S)
+            out, err = self.process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGABRT)
             out, err = self.process.communicate()
