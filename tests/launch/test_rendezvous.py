@@ -1,6 +1,7 @@
 """Several nodes, here launchers on one machine: who joins, what each is told, and how they end together."""
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -80,6 +81,32 @@ def test_the_ranks_of_two_nodes_compute_together(tmp_path: Path, begin) -> None:
     assert launchers[0].log(1)[-1] == "sum 2.0"
 
 
+def port_of_a_job() -> int:
+    """A free port among those that a SLURM job's number gives."""
+    for port in range(15000 + os.getpid() % 9000, 25000):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no free port")
+
+
+def test_in_an_srun_step_the_launchers_find_each_other(begin) -> None:
+    step = {"SLURM_JOB_ID": str(port_of_a_job() - 15000), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost,n2"}
+    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
+    code = "print(rank, world, sorted(name for name in os.environ if name.startswith('SLURM_')))"
+    launchers = [
+        begin(code, None, 1, rdzv=None, ranks=2, env=step | {"SLURM_PROCID": node, "SLURM_NODEID": node})
+        for node in ("1", "0")
+    ]
+    for launcher in launchers:
+        launcher.end(0)
+    assert [launchers[0].log(rank) for rank in range(4)] == [[f"{rank} 4 ['SLURM_JOB_ID']"] for rank in range(4)]
+
+
+def test_several_nodes_need_an_address(begin) -> None:
+    assert "error: --nodes 2: give --rdzv HOST[:PORT] too" in begin("", None, rdzv=None).end(2)
+
+
 def test_a_failure_on_one_node_ends_all_and_all_start_again_together(tmp_path: Path, begin) -> None:
     code = (
         "tries = len(list(folder.glob(f'try-{rank}-*'))); (folder / f'try-{rank}-{tries}').touch()\n"
@@ -153,7 +180,7 @@ def test_a_lost_node_that_comes_back_joins_the_next_attempt(tmp_path: Path, begi
 
 
 def test_a_lost_node_that_stays_away_is_for_another_try(tmp_path: Path, begin) -> None:
-    launchers = [begin(READY + WAIT, node_rank, restarts=1, constants=QUICK | {"JOIN_S": 6}) for node_rank in (0, 1)]
+    launchers = [begin(READY + WAIT, node_rank, restarts=1, constants=QUICK | {"JOIN_S": 4}) for node_rank in (0, 1)]
     until(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
     launchers[1].process.kill()
     assert "error: 1 of 2 nodes came to 127.0.0.1:" in launchers[0].end(75)
