@@ -30,7 +30,7 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cairn.errors import UserError
+from cairn.errors import QuietError, UserError
 from cairn.train import parts
 from cairn.train.folder import disk_errors, fsync_folder, write_atomically
 from cairn.train.tensorfile import Damaged, check_space, verify
@@ -235,6 +235,8 @@ class CheckpointStore:
                 self._publish(step, folder, folder_of(self.root, step), state)
             self.write_seconds = time.perf_counter() - start
         except OSError as error:
+            if self.rank and isinstance(error, FileNotFoundError) and self.root.exists():
+                raise QuietError(f"rank 0 gave up the checkpoint of step {step}, and says why") from error
             text = parts.describe(error, step, self.rank, self.root, folder)
             self._give_up(folder, text)
             raise UserError(text) from error

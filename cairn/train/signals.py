@@ -84,7 +84,7 @@ class StopSignal:
             stop = bool(stopped)
             if stop and self.name is None:
                 self.name = "a signal on another rank"
-        self._trouble = trouble
+        self._trouble = trouble = None if isinstance(trouble, QuietError) else trouble  # another rank tells that one
         mine = [int(self.name is not None), 0 if trouble is None else world_size - rank]
         self._flags = torch.tensor(mine, dtype=torch.int32)
         self._pending = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)

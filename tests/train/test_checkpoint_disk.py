@@ -153,6 +153,17 @@ def test_a_folder_that_vanishes_while_rank_0_waits_is_noticed_at_once(tmp_path: 
     assert "run vanished while the checkpoint of step 1" in str(until_trouble(store))
 
 
+def test_a_rank_whose_files_rank_0_removed_leaves_it_to_rank_0_to_say_why(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 1, 2, background=False)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        shutil.rmtree(tmp_path / ".tmp-step-00000001")
+        yield from of_size(100)
+
+    store.save(1, tensors(), {})
+    assert isinstance(until_trouble(store), QuietError)
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_rank_that_cannot_write_tells_rank_0(
     tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch
