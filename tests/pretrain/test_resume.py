@@ -10,9 +10,10 @@ from cairn.train.checkpoint import folder_of, steps_in
 from cairn.train.folder import RunFolder
 from pretrain.compare import Result, first_differences
 from tests.pretrain.conftest import STEPS, Place
-from tests.pretrain.runs import Mishap, copied, rows, steps
+from tests.pretrain.runs import Mishap, copied, rows, start, steps
 
 BF16 = "engine.precision=bf16"
+SPLIT = "train.micro_batch_size=4"
 
 
 def same(a: RunFolder, b: RunFolder) -> None:
@@ -92,6 +93,33 @@ def test_a_stop_signal_cuts_an_evaluation_short_and_the_same_command_does_it_fir
     assert [row["step"] for row in folder.rows() if "loss" not in row] == [7, STEPS]
     same(straight, folder)
     assert f"was finished already, after {STEPS} steps" in place.run(place.gpt, folder.path.name, BF16).text
+
+
+@pytest.mark.slow
+def test_a_signal_on_one_rank_cuts_an_evaluation_short_on_all(place: Place) -> None:
+    whole, folder = place.folder("two-straight"), place.folder("two-evaluating")
+    place.run(place.gpt, "two-straight", SPLIT, BF16, ranks=2)
+    hit = Mishap(signal.SIGTERM, 1, "evaluate", rank=1)
+    said = place.run(place.gpt, "two-evaluating", SPLIT, BF16, before=hit, ranks=2).text
+    assert "step 7: evaluation cut short" in said
+    assert "stopped by a signal on another rank after step 7, checkpoint saved" in said
+    assert steps(folder) == list(range(1, 8))
+    place.run(place.gpt, "two-evaluating", SPLIT, BF16, ranks=2)
+    same(whole, folder)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_named_by_the_other_and_the_run_goes_on(place: Place) -> None:
+    folder = place.folder("lost")
+    hit = Mishap(signal.SIGKILL, 6, rank=1, checkpoint=folder_of(folder.checkpoints, 4))
+    argv = (place.gpt, "run.name=lost", SPLIT, BF16, "guard.lost_seconds=10")
+    done = start(*argv, folder=place.here, ranks=2, before=hit).wait()
+    assert done.codes == [75, -signal.SIGKILL], done.text
+    assert "error: rank 1 (" in done.output[0]
+    assert "Traceback" not in done.output[0]
+    said = place.run(place.gpt, "lost", SPLIT, BF16, ranks=2).text
+    assert "going on from the checkpoint of step 4" in said
+    assert steps(folder) == list(range(1, STEPS + 1))
 
 
 def test_a_second_ctrl_c_ends_at_once_and_loses_only_steps(place: Place, straight: RunFolder) -> None:
