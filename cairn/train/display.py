@@ -54,7 +54,7 @@ class Display:
         if self._first is None:
             self._first = (step, now)
         done, elapsed = step - self._first[0], now - self._first[1]
-        text = describe(self.fields, (self._total - step) * elapsed / done if done else None)
+        text = describe(self.fields, (self._total - step) * elapsed / done if done > 0 else None)
         if self._bar is not None:
             self._bar.start()  # a no-op when it runs
             self._bar.update(self._task, completed=step, description=text)
