@@ -82,17 +82,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield cluster
 
 
-@pytest.fixture(autouse=True)
-def tidy(cluster: SlurmCluster) -> Iterator[None]:
-    """A test leaves no job and no node down to the next."""
-    yield
-    cluster.run(["scancel", "--user=root"])
-    cluster.boot()
-    cluster.idle()
-
-
 @pytest.fixture(scope="session")
-def lab(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def place(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The same for all tests; `lab` is what each takes."""
     here = tmp_path_factory.mktemp("lab")
     (here / "corpus").mkdir()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py"))[:25]:
@@ -101,12 +93,21 @@ def lab(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(cluster, here)
 
 
+@pytest.fixture
+def lab(place: Lab) -> Iterator[Lab]:
+    """The lab, in which a test leaves no job and no node down to the next."""
+    yield place
+    place.cluster.run(["scancel", "--user=root"])
+    place.cluster.boot()
+    place.cluster.idle()
+
+
 @pytest.fixture(scope="session")
-def undisturbed(lab: Lab) -> RunFolder:
+def undisturbed(place: Lab) -> RunFolder:
     """Two ranks on one machine, started by torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {key: os.environ[key] for key in ("PATH", "HOME")} | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*torchrun, "-m", "pretrain", *lab.pretrain("undisturbed")], cwd=ROOT, env=env, check=True, timeout=240
+        [*torchrun, "-m", "pretrain", *place.pretrain("undisturbed")], cwd=ROOT, env=env, check=True, timeout=240
     )
-    return lab.folder("undisturbed")
+    return place.folder("undisturbed")
