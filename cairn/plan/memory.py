@@ -30,8 +30,10 @@ PROCESS = {"cpu": 0.42 * GIB, "cuda": 0.8 * GIB}
 """Python with torch and DeepSpeed (measured); CUDA's context and cuBLAS's workspace (not measured)."""
 NCCL = 0.6 * GIB
 """Its buffers where there are several GPUs (not measured)."""
-SLACK = {"cpu": 0.38, "cuda": 0.05}
+SLACK = {"cpu": 0.1, "cuda": 0.05}
 """Share of the tensors that the allocator holds beyond them: glibc's holes (measured), CUDA's (not measured)."""
+HOLES = 0.35 * GIB
+"""What it holds besides on a CPU, of small models at most half their tensors (measured)."""
 USABLE = {"cpu": 0.9, "cuda": 0.97}
 """Share of the memory that a run may take."""
 
@@ -149,7 +151,8 @@ class _Peak:
             host = snapshot + sum(still["host"].values())
         tensors = sum(parts.values())
         process = PROCESS[self.device] + (NCCL if self.device != "cpu" and self.world > 1 else 0.0)
-        return Memory(parts, when, process, SLACK[self.device] * tensors, host)
+        slack = SLACK[self.device] * tensors + (min(HOLES, tensors / 2) if self.device == "cpu" else 0.0)
+        return Memory(parts, when, process, slack, host)
 
     def _still(self) -> dict[str, dict[str, float]]:
         """What lies there all the time, on the device and, offloaded, on the host."""
@@ -181,11 +184,17 @@ class _Peak:
         self.moments.append((when, {part: size + more.get(part, 0.0) for part, size in still["device"].items()}))
 
     def _start(self, still: dict[str, dict[str, float]]) -> None:
-        """The optimizer makes its state with a gradient of zeros, while the model's fp32 weights are still there."""
-        zeros = 4.0 * max(self.facts.groups) / (self.world if self.stage else 1)
+        """The optimizer makes its state in a step with a gradient of zeros, while the model's fp32 weights are still
+        there; Muon's part first."""
+        ranks = self.world if self.stage else 1
+        zeros = 4.0 * max(self.facts.groups) / ranks
         initial = 4 * self.n if self.device == "cpu" else 0.0
         bucket = self.bucket if self.device == "cpu" and self.stage == 3 else 0.0  # not written to yet
-        self._at("start", still, gradients=zeros, buffers=initial - 4 * bucket)
+        buffers, later = initial - 4 * bucket, 0.0
+        if self.facts.muon:
+            buffers, later = buffers + self._newton_schulz(), (self.facts.optimizer_bytes - 4 * self.facts.muon) / ranks
+        moved = self.offload != "none" and self.device != "cpu"
+        self._at("start", still, gradients=zeros, optimizer=0.0 if moved else -later, buffers=buffers)
 
     def _pass(self, still: dict[str, dict[str, float]]) -> None:
         """Forward and backward of the first or, with accumulation, of a later micro-batch, and the reduction."""

@@ -5,7 +5,7 @@ from its birth to its death. Only two small depths are run: memory is linear in 
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,13 +98,13 @@ def _trace(
         if device == "cpu":
             stack.enter_context(FakeTensorMode())
             stack.enter_context(_cheap_loss())
-        stack.enter_context(torch.device("cpu" if device == "cpu" else "meta"))
-        with _default_dtype(dtype):  # a fake model cannot be converted
-            model = build_model(section, vocab_size).train()
+        with torch.device("cpu" if device == "cpu" else "meta"):
+            with _default_dtype(dtype):  # a fake model cannot be converted
+                model = build_model(section, vocab_size).train()
+            inputs = _inputs(config, micro_batch_size, document_ids=config.data.document_mask and device == "cpu")
         if recompute:
             model.activation_checkpointing = True  # type: ignore[assignment]
-        inputs = _inputs(config, micro_batch_size, document_ids=config.data.document_mask and device == "cpu")
-        counter = Counter()
+        counter = Counter([*model.parameters(), *inputs.values()])
         blocks = list(model.blocks)  # type: ignore[arg-type]
         blocks[-1].register_forward_hook(lambda *_: setattr(trace, "blocks", float(counter.live)))
         into = {id(p): trace.last for p in blocks[0].parameters()}
@@ -191,19 +191,18 @@ def _fused_kernels(device: str) -> Iterator[None]:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages made under it, as long as they live."""
+    """Counts the bytes of storages made under it, as long as they live; those of `known` are not."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.most = 0
-        self._sizes: dict[int, int] = {}
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         return out
 

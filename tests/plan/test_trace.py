@@ -30,7 +30,7 @@ def really(wanted, batch, recompute):
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(arrived)
     inputs = _inputs(wanted, batch, wanted.data.document_mask)
-    with Counter() as counter:
+    with Counter([*model.parameters(), *inputs.values()]) as counter:
         out = model(**inputs)
         forward = counter.most
         (sum(out.values()) if isinstance(out, dict) else out).backward()
