@@ -120,7 +120,8 @@ class Watchdog:
             # Others learn from the store why this rank leaves; after an error they may be too stuck to come.
             deadline = time.monotonic() + 3 * self._interval
             while self._judge.present if kind is None else self._judge.heard and time.monotonic() < deadline:
-                time.sleep(self._interval / 10)
+                self._wake.set()  # look at once, not at the next beat: a run's end should not wait for that
+                time.sleep(self._interval / 20)
         self._over.set()
         self._wake.set()
         for thread in self._threads:
