@@ -1,0 +1,18 @@
+"""A run that is killed at 30 random moments ends like one that was left alone."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos import arena_in, differences, run_chaos
+
+KILLS = 30
+
+
+@pytest.mark.slow
+def test_thirty_mishaps_change_nothing(tmp_path: Path) -> None:
+    with arena_in(tmp_path, ranks=2, steps=20 * KILLS) as arena:
+        report = run_chaos(arena, KILLS, seed=20)
+        assert differences(arena) == []
+    assert sum(report.strikes.values()) == KILLS
+    assert len(report.strikes) >= 10, "too few kinds and moments"
