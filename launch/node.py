@@ -182,7 +182,8 @@ class Launcher:
                 ranks = self._job.ranks
                 first = Cluster(order["rank"], order["world_size"], 0, ranks, addr, order["port"])
                 failures = await self._attempt(first, order["attempt"])
-                link.tell("ended", failures=[failure.to_json() for failure in failures])
+                worst = cause(failures)  # alone: all of many ranks would not fit into a message
+                link.tell("ended", failures=[] if worst is None else [worst.to_json()])
         finally:
             await link.close()
 

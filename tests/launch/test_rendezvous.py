@@ -132,6 +132,14 @@ def test_the_cause_is_told_once_wherever_it_is(begin) -> None:
     assert "mine" not in said[1]
 
 
+def test_many_long_last_words_come_through(begin) -> None:
+    code = "if rank == 0: time.sleep(60)\nfor _ in range(20): print('\\u00e9' * 1000, file=sys.stderr)\nsys.exit(3)"
+    utf8 = {"PYTHONIOENCODING": "utf-8"}
+    head, other = begin(code, 0, env=utf8), begin(code, 1, ranks=3, env=utf8)
+    assert " failed with exit status 3 in attempt 1:" in head.end(3)
+    other.end(3)
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_stop_signal_at_one_node_reaches_every_rank(tmp_path: Path, begin, at: int) -> None:
     code = (
