@@ -27,9 +27,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two workers of one thread each: torch's tests are too small to gain from more threads.
+# Two workers of one thread each: torch's tests are too small to gain from more threads. In the order of the tree, as a
+# file of one long test would else come last and leave a worker idle.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not cluster'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
 
 # On a real SLURM of three nodes on this machine; needs root, and the packages that .ci/run installs. Else skipped.
 test-cluster: install

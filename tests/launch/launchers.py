@@ -40,7 +40,9 @@ class Launcher:
         args = [PRELUDE + code, str(folder)] if args is None else args
         job = {"module": module, "args": args, "folder": str(folder), "ranks": ranks, "restarts": restarts}
         own = {"job": job, "options": options, "constants": constants or {}}
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RANK", "WORLD"))}
+        # what other tests, and torch within them, have left in the environment is not the user's word
+        foreign = ("SLURM_", "RANK", "WORLD", "LOCAL_", "MASTER_", "TORCH", "TRITON_", "PYTORCH_", "MALLOC_")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.launch.launchers", json.dumps(own)],
             env=clean | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | (env or {}),
