@@ -38,7 +38,6 @@ schedule: {{warmup_steps: 5}}
 engine: {{precision: fp32}}
 train: {{steps: {steps}, global_batch_size: 8, micro_batch_size: 4, log_every: 1, eval_every: 7, eval_samples: 64}}
 checkpoint: {{every: 5}}
-guard: {{lost_seconds: 20}}
 track: {{progress: false}}
 """
 RANK_KINDS = ("kill a rank", "kill the launcher", "kill all", "SIGTERM", "SIGUSR1", "SIGINT")
