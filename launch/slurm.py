@@ -173,9 +173,9 @@ def _quoted(words: Sequence[str]) -> str:
 
 
 _FOLLOW = """\
-warned= step=
+warned= stopped= step=
 trap 'warned=1 again=1; [[ -z $step ]] || kill -USR1 "$step"' USR1  # srun passes it on to all launchers
-trap 'again=1; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' TERM  # which srun itself would answer with SIGKILL
+trap 'stopped=1 again=1; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' TERM  # which srun itself would answer with SIGKILL
 "${command[@]}" &
 step=$!
 [[ -z $warned ]] || kill -USR1 "$step"
@@ -188,11 +188,16 @@ done
 """
 
 _REQUEUE = """\
+preempted() {  # in the grace time SLURM tells the ranks alone (TERM), and takes a job that then ends for done
+  [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING*PreemptTime=[0-9]* ]]
+}
 if [[ -n $warned && ! -e $end ]] && (( status == 0 || status == 138 )); then  # 138: USR1 came before all had started
   echo "saved before the time was up: back into the queue"
-elif (( status == 75 && $(cat -- "$retries" 2>/dev/null | wc -l) < restarts )); then
-  echo "a rank was lost or hung: back into the queue"
-  date >> "$retries"
+elif [[ ! -e $end ]] && (( status == 0 || status == 143 )) && preempted; then
+  echo "saved before it is preempted: back into the queue"
+elif [[ -z $stopped && $status =~ ^(75|134|135|137|139)$ ]] && (( $(cat -- "$retries" 2>/dev/null | wc -l) < restarts )); then
+  echo "a rank was lost, hung or killed: back into the queue"  # 128 + the signal: ABRT, BUS, KILL, SEGV
+  date >> "$retries" || exit "$status"  # what cannot be counted would have no end
 else
   exit "$status"
 fi

@@ -19,6 +19,8 @@ from launch.slurm import Batch
 STAND_IN = f"""#!{sys.executable}
 import json, os, signal, sys, time
 name, here = os.path.basename(sys.argv[0]), os.path.dirname(sys.argv[0])
+if sys.argv[1:2] == ["show"]:
+    sys.exit(print("JobState=RUNNING\\n   PreemptTime=" + os.environ.get("PREEMPTED", "None")))
 got = []
 signal.signal(signal.SIGUSR1, lambda *_: got.append("USR1"))
 note = dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd(), pid=os.getpid())
@@ -240,6 +242,17 @@ def test_a_lost_rank_is_tried_again_so_often(bench, tmp_path):
         ends.append((done.returncode, bench.noted("scontrol")["argv"]))
     assert ends == [(0, ["requeue", "77"]), (0, ["requeue", "77"]), (75, None)]
     assert bench.run(text, STATUS="75", SLURM_JOB_ID="78").returncode == 0  # another job counts for itself
+    assert bench.run(text, STATUS="137", SLURM_JOB_ID="79").returncode == 0  # killed, as for want of memory
+    for status in (1, 2, 130, 143):  # Ctrl-C and scancel among them
+        assert bench.run(text, STATUS=str(status), SLURM_JOB_ID="80").returncode == status
+        assert bench.noted("scontrol")["argv"] is None
+
+
+def test_a_retry_that_cannot_be_counted_is_none(bench, tmp_path):
+    text = slurm.script(CPU, batch(tmp_path, "vision", restarts=2), tmp_path)
+    (tmp_path / "launch").rmdir()
+    assert bench.run(text, STATUS="75").returncode == 75
+    assert bench.noted("scontrol")["argv"] is None
 
 
 def test_term_goes_to_the_ranks_by_slurm_as_srun_would_kill_them(bench, tmp_path):
@@ -247,6 +260,22 @@ def test_term_goes_to_the_ranks_by_slurm_as_srun_would_kill_them(bench, tmp_path
     done = bench.run(text, UNTIL="TERM", STATUS="0")
     assert done.returncode == 0
     assert bench.noted("scancel")["argv"] == ["--quiet", "--signal=TERM", "77"]
+    assert bench.noted("scontrol")["argv"] is None
+
+
+def test_ending_in_the_grace_time_of_a_preemption_is_not_the_end(bench, tmp_path):
+    text = slurm.script(CPU, batch(tmp_path, "vision"), tmp_path)
+    for status, asked in (("0", ["requeue", "77"]), ("143", ["requeue", "77"]), ("2", None)):
+        bench.run(text, PREEMPTED="2026-01-01T00:00:00", STATUS=status)
+        assert bench.noted("scontrol")["argv"] == asked
+    (tmp_path / "end").mkdir()
+    bench.run(text, PREEMPTED="2026-01-01T00:00:00")
+    assert bench.noted("scontrol")["argv"] is None
+
+
+def test_a_lost_rank_after_scancel_is_not_tried_again(bench, tmp_path):
+    text = slurm.script(CPU, batch(tmp_path, "vision", restarts=2), tmp_path)
+    assert bench.run(text, UNTIL="TERM", STATUS="75").returncode == 75
     assert bench.noted("scontrol")["argv"] is None
 
 
