@@ -175,7 +175,8 @@ def _quoted(words: Sequence[str]) -> str:
 _FOLLOW = """\
 warned= stopped= step=
 trap 'warned=1 again=1; [[ -z $step ]] || kill -USR1 "$step"' USR1  # srun passes it on to all launchers
-trap 'stopped=1 again=1; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' TERM  # which srun itself would answer with SIGKILL
+# By scancel, as srun itself would answer with SIGKILL.
+trap 'stopped=1 again=1; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' TERM
 "${command[@]}" &
 step=$!
 [[ -z $warned ]] || kill -USR1 "$step"
@@ -195,8 +196,9 @@ if [[ -n $warned && ! -e $end ]] && (( status == 0 || status == 138 )); then  # 
   echo "saved before the time was up: back into the queue"
 elif [[ ! -e $end ]] && (( status == 0 || status == 143 )) && preempted; then
   echo "saved before it is preempted: back into the queue"
-elif [[ -z $stopped && $status =~ ^(75|134|135|137|139)$ ]] && (( $(cat -- "$retries" 2>/dev/null | wc -l) < restarts )); then
-  echo "a rank was lost, hung or killed: back into the queue"  # 128 + the signal: ABRT, BUS, KILL, SEGV
+elif [[ -z $stopped && $status =~ ^(75|134|135|137|139)$ ]] &&  # 128 + the signal: ABRT, BUS, KILL, SEGV
+  (( $(cat -- "$retries" 2>/dev/null | wc -l) < restarts )); then
+  echo "a rank was lost, hung or killed: back into the queue"
   date >> "$retries" || exit "$status"  # what cannot be counted would have no end
 else
   exit "$status"
