@@ -114,9 +114,11 @@ async def join(job: Job, nodes: int, node_rank: int | None, host: str, port: int
     UserError when it does not come or does not want us."""
     deadline, waits, why = time.monotonic() + JOIN_S, False, "nothing listens there"
     while True:
+        connected = False
         try:
             async with asyncio.timeout(HELLO_S):
                 reader, writer = await asyncio.open_connection(host, port, limit=LARGEST)
+                connected = True
                 peer = Peer(reader, writer)
                 peer.send(
                     "hello",
@@ -136,7 +138,7 @@ async def join(job: Job, nodes: int, node_rank: int | None, host: str, port: int
                 if not answer["again"]:
                     raise UserError(f"{why}; every node needs the same command")
         except (EOFError, ValueError, TimeoutError):
-            why = "what listens there is not cairn launch"
+            why = "what listens there is not cairn launch" if connected else "no answer: wrong host, or a firewall?"
         except OSError as error:
             why = error.strerror or str(error)
         if time.monotonic() > deadline:
