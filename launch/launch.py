@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PROFILES = (Path("configs/cluster"), Path(__file__).parents[1] / "configs/cluster")
 """Where a profile that is given by its name is looked for."""
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(argv: Sequence[str], verbs: "Mapping[str, Verb]") -> int:
@@ -98,13 +97,16 @@ def _ssh(options: argparse.Namespace, point: Point, one: bool) -> int:
     ranks = [host.ranks for host in hosts]
     if not one and None not in ranks:
         check_batch(point.config, sum(filter(None, ranks)))
+    try:
+        tool = shlex.split(options.ssh or "") or ssh.SSH
+    except ValueError as error:
+        raise UserError(f"--ssh {options.ssh}: {error}; quote its words as a shell wants them") from error
     rest = (options.verb, options.config, *point.overrides)
     words = ["--until-eof", *(["--restarts", str(options.restarts)] if options.restarts else [])]
     commands = []
     for k, host in enumerate(hosts):
         where = ["--nodes", str(len(hosts)), "--rdzv", options.rdzv or hosts[0].address, "--node-rank", str(k)]
         text = ssh.command(host, words + (where if len(hosts) > 1 else []), rest, Path.cwd())
-        tool = shlex.split(options.ssh) if options.ssh else ssh.SSH
         commands.append((host, ssh.start_line(tool, host, text)))
     if options.dry_run:
         print("\n".join(shlex.join(line) for _, line in commands))
@@ -181,7 +183,7 @@ def _one_after_another(argv: Sequence[str], points: list[Point]) -> int:
     names = [point.config.run.name for point in points]
     told: list[str] = []
     failed = 0
-    previous = {number: signal.signal(number, on_signal) for number in STOPS}
+    previous = {number: signal.signal(number, on_signal) for number in ssh.stops()}
     for k, name in enumerate(names):
         print(f"sweep: run {k + 1} of {len(names)}, {name}", flush=True)
         command = [sys.executable, "-m", "launch.cli", "launch", "--point", str(k), *argv]
@@ -201,4 +203,4 @@ def _one_after_another(argv: Sequence[str], points: list[Point]) -> int:
     for number, handler in previous.items():
         signal.signal(number, handler)
     print("\n".join(["sweep:", *told]), flush=True)
-    return abs(failed) or (130 if signal.SIGINT in stopped else 0)
+    return (failed if failed >= 0 else 128 - failed) or (130 if signal.SIGINT in stopped else 0)

@@ -100,16 +100,21 @@ def start_line(ssh: Sequence[str], host: Host, text: str) -> list[str]:
     return [*ssh, "-o", "BatchMode=yes", host.name, "--", text]
 
 
+def stops() -> list[signal.Signals]:
+    """The signals that are passed on; nohup wants SIGHUP unheard."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *hang_up]
+
+
 def run(commands: Sequence[tuple[Host, list[str]]]) -> int:
     """Start all, wait for all, pass signals on; the exit status. The first host's output is shown, of the others what
     they say to standard error. Raises UserError naming a host that ssh could not reach."""
     events: queue.SimpleQueue[int | signal.Signals] = queue.SimpleQueue()  # a host that ended, or a signal
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         events.put(signal.Signals(number))
 
-    previous = {number: signal.signal(number, on_signal) for number in stops}
+    previous = {number: signal.signal(number, on_signal) for number in stops()}
     launchers: list[_Launcher] = []
     try:
         launchers += (_Launcher(i, host, words, events) for i, (host, words) in enumerate(commands))
@@ -172,6 +177,8 @@ class _Launcher:
             )
         except FileNotFoundError as error:
             raise UserError(f"{words[0]} is not on this machine: install it, or give another with --ssh") from error
+        except OSError as error:
+            raise UserError(f"{words[0]}: {error.strerror}; give another with --ssh") from error
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, args=(index, events), daemon=True).start()
 
@@ -206,4 +213,6 @@ class _Launcher:
         for line in stream:
             text = line.decode("utf-8", "replace").rstrip("\r\n")
             self.last_words = text or self.last_words
-            print(text if self._first else f"[{self.host.name}] {text}", file=sys.stderr, flush=True)
+            shown = text if self._first else f"[{self.host.name}] {text}"
+            with suppress(OSError):  # whoever read it has gone, and the run goes on
+                print(f"{shown}\n", end="", file=sys.stderr, flush=True)  # in one piece: other threads write too

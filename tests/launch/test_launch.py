@@ -245,6 +245,8 @@ def test_hosts(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert launch("--hosts", str(tmp_path / "hosts"), "--ssh", "ssh -p 22", "--dry-run", "vision", VIT, SMALL) == 0
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [["ssh", "-p", "22"]] * 2
+    with pytest.raises(UserError, match=r"--ssh ssh \"-p: No closing quotation"):
+        launch("--hosts", str(tmp_path / "hosts"), "--ssh", 'ssh "-p', "vision", VIT, SMALL)
 
 
 def environment() -> dict[str, str]:

@@ -109,9 +109,11 @@ run_main(lambda: ssh.run([(ssh.Host(name), words) for name, *words in {commands!
 """
 
 
-def started(*commands: list[str]) -> "subprocess.Popen[str]":
+def started(*commands: list[str], nohup: bool = False) -> "subprocess.Popen[str]":
     """ssh.run in a process of its own. Each command: the host, then words."""
     program = RUN.format(commands=[list(command) for command in commands])
+    if nohup:
+        program = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + program
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
 
@@ -149,6 +151,29 @@ def test_signals_reach_every_host(number, heard):
     assert "err a\n" in said
 
 
+@pytest.mark.parametrize(("nohup", "heard"), [(True, ["USR1"]), (False, [])])
+def test_under_nohup_the_end_of_the_terminal_ends_nothing(nohup, heard):
+    process = started(held("a"), nohup=nohup)
+    try:
+        until(process, "err a")
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+            process.send_signal(number)
+        assert f"heard a {heard}" in process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+
+
+def test_nobody_reading_is_no_reason_to_hang():
+    process = started(held("a"))
+    try:
+        until(process, "err a")
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+
+
 def test_one_that_fails_stops_the_others():
     fails = ["b", sys.executable, "-c", "import sys; sys.exit('no such GPU')"]
     process = started(held("a"), fails)
@@ -170,6 +195,8 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path, stand_in):
 def test_no_ssh():
     with pytest.raises(UserError, match="no-such-ssh is not on this machine"):
         ssh.run([(Host("a"), ["no-such-ssh"])])
+    with pytest.raises(UserError, match="/etc/passwd: Permission denied"):
+        ssh.run([(Host("a"), ["/etc/passwd"])])
 
 
 def test_a_second_interrupt_ends_ssh_itself():
