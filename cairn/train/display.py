@@ -1,6 +1,8 @@
 """What a person at the terminal sees of a run: progress, and what cairn logs."""
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 Row = dict[str, Any]
 PLAIN_EVERY_S = 10.0  # seconds between two progress lines when the output is a file
+
+
+class Output(Console):
+    """Stdout. When who reads it has gone (a Ctrl-C ends `| tee` too), the run goes on in silence, to be saved."""
+
+    def __init__(self) -> None:
+        super().__init__(file=sys.stdout)
+
+    def on_broken_pipe(self) -> None:
+        """Write to nowhere from here on."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Messages(logging.Handler):

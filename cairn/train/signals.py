@@ -52,7 +52,8 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         if self._cluster.is_main:  # not print, which may be what was interrupted
-            os.write(2, f"\n{self.name}: stopping after this step or batch (a second Ctrl-C: at once)\n".encode())
+            with suppress(OSError):  # nobody reads it: the same Ctrl-C has ended `2>&1 | tee`
+                os.write(2, f"\n{self.name}: stopping after this step or batch (a second Ctrl-C: at once)\n".encode())
 
     def agreed(self, trouble: UserError | None = None) -> bool:
         """Whether to stop now; call once a step on every rank. True on all ranks at the same call.
@@ -102,7 +103,8 @@ def leave_at_signal(cluster: Cluster) -> None:
         with suppress(RuntimeError, OSError):  # it may be what was interrupted
             sys.stdout.flush()
         if cluster.is_main:
-            os.write(2, f"stopped by {signal.Signals(number).name}: the same command goes on\n".encode())
+            with suppress(OSError):
+                os.write(2, f"stopped by {signal.Signals(number).name}: the same command goes on\n".encode())
         os._exit(0)  # an exception might be raised, and lost, in some library's import
 
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -3,7 +3,6 @@
 import io
 import netrc
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,9 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlparse
 
-from rich.console import Console
-
 from cairn.config.train import TrackSection
 from cairn.errors import UserError
-from cairn.train.display import Display, Messages, Row
+from cairn.train.display import Display, Messages, Output, Row
 from cairn.train.folder import RunFolder, disk_errors, format_row, parse_rows, write_atomically, write_whole
 
 
@@ -43,7 +40,7 @@ class Tracker:
         self._trouble: UserError | None = None
         self._mirrors: list[Mirror] = []
         self._log: Messages | None = None
-        self._console = Console(file=sys.stdout)
+        self._console = Output()
         self._display = Display(self._console, steps, section.progress) if main else None
         if main and section.tensorboard:
             self._start("TensorBoard", lambda: TensorBoard(folder.path / "tensorboard"))

@@ -1,5 +1,6 @@
 """A run that was killed, stopped or damaged ends like one that was not."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
     assert "going on from the checkpoint of step 6" in said
     assert f"finished {STEPS} steps" in said
     same(straight, folder)
+
+
+class Unheard(Mishap):
+    """Into a pipe that nobody reads any more, as when a Ctrl-C has ended `2>&1 | tee` too."""
+
+    def __call__(self, rank: int) -> None:
+        super().__call__(rank)
+        read, write = os.pipe()
+        os.close(read)
+        for stream in (1, 2):
+            os.dup2(write, stream)
+
+
+def test_a_stop_signal_saves_though_nobody_reads_what_is_printed(place: Place) -> None:
+    folder = place.folder("unheard")
+    place.run(place.gpt, "unheard", BF16, before=Unheard(signal.SIGINT, 6))
+    assert steps_in(folder.checkpoints) == [4, 6]
 
 
 @pytest.mark.parametrize("step", [7, STEPS])
