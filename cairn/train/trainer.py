@@ -118,7 +118,7 @@ class Trainer:
             if owed:
                 self._evaluate()
             self._loop()
-            if self.stopped and self.step > first and self.saved != self.step and self._flush():
+            if self.stopped and self.step and self.saved != self.step and self._flush():
                 self._save()
             self.watchdog.phase("save", self.step)
             self.cluster.on_all(self.store.wait)
@@ -219,7 +219,7 @@ class Trainer:
                 f"what the steps before it read; the checkpoint of step {self.saved} is as it was"
             )
         restore(self.engines, checkpoint)
-        self.step = checkpoint.step
+        self.step = self.saved = checkpoint.step  # of an older one, where the newest was damaged
         self.guard.roll_back(spike, self.step, checkpoint.state.get("guard", {}))
         self.deadline.load(self.step, checkpoint.state, same_call=True)
         self.tracker.truncate(self.step)

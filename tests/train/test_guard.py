@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from cairn.cluster import Cluster
 from cairn.config.train import CheckpointSection, EngineSection, GuardSection
 from cairn.errors import QuietError, UserError
-from cairn.train.checkpoint import steps_in
+from cairn.train.checkpoint import folder_of, steps_in
 from cairn.train.engine import Engine
 from cairn.train.folder import RunFolder
 from cairn.train.guard import Guard
@@ -339,6 +340,25 @@ def test_a_run_that_went_back_is_resumed_to_the_bit(tmp_path: Path, cluster: Clu
     killed = train(task, config(tmp_path, "killed", **GUARDED), cluster).folder
     assert first_differences(Result.of(straight), Result.of(killed)) == []
     assert losses(straight) == losses(killed)
+
+
+def test_a_run_that_went_back_past_a_damaged_checkpoint_saves_its_step_anew(tmp_path: Path, cluster: Cluster) -> None:
+    task, folder = Toy("spike", in_steps(11)), RunFolder(tmp_path, "toy")
+    calls, step = [], task.step
+
+    def strike(*args: Any) -> dict[str, Tensor]:
+        calls.append(None)
+        if len(calls) in (7, 13):  # both are step 7
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == 11:
+            (folder_of(folder.checkpoints, 7) / "state.json").write_text("{}")
+        return step(*args)
+
+    task.step = strike  # type: ignore[method-assign]
+    for _ in range(2):
+        outcome = train(task, config(tmp_path, every=6, **GUARDED), cluster)
+        assert outcome.stopped_by == "SIGTERM"
+        assert outcome.step == steps_in(folder.checkpoints)[-1] == 7
 
 
 def test_before_the_first_checkpoint_a_spike_is_only_told(
