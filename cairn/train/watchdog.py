@@ -119,7 +119,10 @@ class Watchdog:
         if self._store is not None and self._cluster.is_main:
             # Others learn from the store why this rank leaves; after an error they may be too stuck to come.
             deadline = time.monotonic() + 3 * self._interval
-            while self._judge.present if kind is None else self._judge.heard and time.monotonic() < deadline:
+            beating = self._threads[0].is_alive  # if its store fails it ends, and nobody is heard of any more
+            while beating() and (
+                self._judge.present if kind is None else self._judge.heard and time.monotonic() < deadline
+            ):
                 self._wake.set()  # look at once, not at the next beat: a run's end should not wait for that
                 time.sleep(self._interval / 20)
         self._over.set()
