@@ -165,7 +165,8 @@ def timed(path: Path, name: str, minutes: float = 1.0, micro: int = 2) -> RunCon
         steps=9999, max_hours=minutes / 60, global_batch_size=BATCH, micro_batch_size=micro, log_every=5, eval_every=30
     )
     shape = ScheduleSection(name="wsd", warmup_steps=2, decay_steps=40)
-    checkpoints = CheckpointSection(every=20, keep_last=99)
+    # in the foreground, where a write takes no time by the clock, be the disk as slow as it likes
+    checkpoints = CheckpointSection(every=20, keep_last=99, background=False)
     return config(path, name, micro, train=section, schedule=shape, checkpoint=checkpoints)
 
 
@@ -186,7 +187,7 @@ class Timed(Toy):
 
 
 def use(clock: Clock, patch: pytest.MonkeyPatch) -> None:
-    for name in ("deadline", "trainer", "speed"):
+    for name in ("deadline", "trainer", "speed", "checkpoint"):
         patch.setattr(f"cairn.train.{name}.time", clock)
     patch.setattr("cairn.train.trainer.matmul_peak", lambda device, dtype: 1e9)
 
