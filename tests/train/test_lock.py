@@ -77,7 +77,7 @@ def test_after_kill_9_the_next_goes_on_at_once(tmp_path: Path) -> None:
         os.kill(child, 0)  # the child it left behind lives, and holds nothing
         start = time.monotonic()
         with RunLock(tmp_path):
-            assert time.monotonic() - start < 1.0
+            assert time.monotonic() - start < lock_module.GRACE_S
             assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
@@ -134,12 +134,13 @@ class TestAnotherHost:
         assert capsys.readouterr().out.count("\n") == 1
         assert json.loads(file.read_text())["pid"] == 4711
 
-    def test_that_ends_in_time_makes_room(self, tmp_path: Path) -> None:
+    def test_that_ends_in_time_makes_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lock_module, "STALE_S", 60.0)
         file = write_holder(tmp_path)
         threading.Timer(0.3, file.write_text, [""]).start()
         start = time.monotonic()
         with RunLock(tmp_path):
-            assert 0.2 < time.monotonic() - start < 0.9
+            assert 0.2 < time.monotonic() - start < 30.0
 
     def test_that_died_is_taken_over_once_it_is_stale(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_holder(tmp_path)
@@ -155,10 +156,11 @@ class TestAnotherHost:
 
     def test_of_this_very_job_was_requeued(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
+        monkeypatch.setattr(lock_module, "STALE_S", 60.0)
         write_holder(tmp_path, job="77")
         start = time.monotonic()
         with RunLock(tmp_path):
-            assert time.monotonic() - start < 0.5
+            assert time.monotonic() - start < 30.0
             assert json.loads((tmp_path / ".lock").read_text())["job"] == "77"
 
 
