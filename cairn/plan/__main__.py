@@ -1,5 +1,6 @@
 """`cairn plan CONFIG [section.key=value ...] [--gpu h100 --nodes N]`: what a run would take, before it is started."""
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -36,10 +37,13 @@ def plan(argv: Sequence[str]) -> int:
     from cairn.plan.memory import GIB, count
 
     gpu = hardware.hardware(args.gpu or hardware.here(), config.engine.precision)
-    per_node = args.gpus_per_node or (1 if gpu.device == "cpu" else 8)
+    per_node = (1 if gpu.device == "cpu" else 8) if args.gpus_per_node is None else args.gpus_per_node
     for option, value in (("--gpus-per-node", per_node), ("--nodes", args.nodes)):
         if value < 1:
             raise UserError(f"{option} {value}: expected at least 1")
+    for option, number in (("--price", args.price), ("--tokens-per-s", args.tokens_per_s)):
+        if number is not None and not 0 < number < math.inf:
+            raise UserError(f"{option} {number:g}: expected a positive number")
     place = Place(gpu, args.nodes, per_node)
     vocab_size = vocabulary(config)
     facts = count(config, vocab_size)
