@@ -136,7 +136,8 @@ class Launcher:
             failed = cause(failures + self._lost)
             if failed is None:
                 return 0, ""
-            say(failed.describe(attempt))
+            asked = self.stopped is not None and (failed.asked or failed.status == 130)
+            say("stopped at once, without saving" if asked else failed.describe(attempt))
             if failed.exit_status in FINAL or self.stopped is not None or attempt > self._job.restarts:
                 return failed.exit_status, failed.who()
             say(f"restart {attempt} of {self._job.restarts}: {failed.who()}; going on from the last checkpoint")
