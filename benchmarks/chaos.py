@@ -76,6 +76,7 @@ class Arena:
         self.config = here / "chaos.yaml"
         self.config.write_text(CONFIG.format(here=here, steps=steps))
         (here / "chaos").mkdir()
+        self.started: list[subprocess.Popen[bytes]] = []
         self.mounted = False
         if os.geteuid() == 0:
             options = f"size={tmpfs_mb}m"
@@ -83,7 +84,10 @@ class Arena:
             self.mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
 
     def close(self) -> None:
-        """Unmount."""
+        """End what still runs, after Ctrl-C or a failure, and unmount."""
+        for process in self.started:
+            process.kill()  # its ranks die with it
+            process.wait()
         if self.mounted:
             subprocess.run(["umount", "-l", str(self.here / "chaos")], check=True)
 
@@ -93,7 +97,9 @@ class Arena:
         command += [str(self.config), f"run.dir={folder.path.parent}", f"run.name={folder.path.name}"]
         env = dict(os.environ, OMP_NUM_THREADS="1")
         with (self.here / f"{folder.path.name}.log").open("ab") as log:
-            return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.started.append(process)
+        return process
 
     def log(self, folder: RunFolder) -> str:
         """The end of what the starts of a run printed."""
@@ -154,7 +160,10 @@ def await_moment(process: "subprocess.Popen[bytes]", arena: Arena, moment: str, 
 
 
 def strike(process: "subprocess.Popen[bytes]", arena: Arena, kind: str, rng: random.Random) -> None:
-    """Do it, and wait until everything of this start has ended."""
+    """Do it, and wait until everything of this start has ended.
+
+    Raises TimeoutError when it hangs, AssertionError when a signal does not end it well.
+    """
     ranks = rank_pids(process.pid)
     if kind == "disk full":
         filler = arena.struck.path.parent / "filler"
@@ -170,8 +179,9 @@ def strike(process: "subprocess.Popen[bytes]", arena: Arena, kind: str, rng: ran
                 os.kill(pid, signal.SIGKILL)
     else:
         process.send_signal(signal.Signals[kind])
-    with contextlib.suppress(TimeoutError):
-        until(process, arena, lambda: False)
+    until(process, arena, lambda: False)
+    if kind.startswith("SIG"):
+        assert process.returncode == 0, f"{kind} ended with {process.returncode}:\n{arena.log(arena.struck)}"
     deadline = time.monotonic() + LIMIT_S
     while any(Path(f"/proc/{pid}").exists() and not is_zombie(pid) for pid in ranks):
         if time.monotonic() > deadline:
