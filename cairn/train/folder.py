@@ -116,12 +116,17 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file; a last line that a kill left half written is passed over, and null is nan."""
-    with path.open(encoding="utf-8") as file:
+    """The rows of a .jsonl file; null is nan. Passed over are lines that are none: a last one that a kill left half
+    written, and zeros, which a node that went down may leave where its newest rows were."""
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line.endswith("\n"):
+            if not line.endswith("\n"):
+                return
+            try:
                 row: dict[str, Any] = json.loads(line)
-                yield {key: math.nan if value is None else value for key, value in row.items()}
+            except ValueError:
+                continue
+            yield {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def format_row(row: dict[str, Any]) -> str:

@@ -54,6 +54,18 @@ def test_truncate_drops_later_rows_and_a_half_line(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
+def test_zeros_where_rows_were_are_dropped(tmp_path: Path) -> None:
+    with tracker(tmp_path) as t:
+        t.rows([row(1)])
+    for tail in (b"\0" * 64 + b"\n", b"\0" * 64 + b"\xff\n", b"\0" * 64):
+        with (tmp_path / "metrics.jsonl").open("ab") as file:
+            file.write(tail)
+        with tracker(tmp_path) as t:
+            t.truncate(1)
+        assert RunFolder(tmp_path).rows() == [row(1)]
+        assert b"\0" not in (tmp_path / "metrics.jsonl").read_bytes()
+
+
 def test_what_cairn_logs_is_shown_while_the_run_lasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("cairn")
     log.info("before")
