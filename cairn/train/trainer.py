@@ -66,6 +66,8 @@ class Trainer:
         self.step = 0
         self.saved: int | None = None
         """Step of the newest checkpoint."""
+        self.stall_seconds = 0.0
+        """What the loop waited for the last save."""
         self.stopped = False
         """Whether all ranks agreed to stop before the end."""
         self.pending = Pending()
@@ -181,6 +183,8 @@ class Trainer:
             return True
         self.watchdog.phase("log", self.step)
         speed = self.speed.row(len(self.pending))
+        # only known now, if the write went on in the background
+        self.deadline.save_seconds = self.stall_seconds + self.store.write_seconds
         proposed = self.deadline.propose(self.step, len(self.pending), speed["step_seconds"])
         rows, proposed = self.pending.collect(proposed if self.cluster.is_main else 0)
         for row in rows:
@@ -295,7 +299,7 @@ class Trainer:
         tensors = ((f"{name}/{key}", value) for name, engine in self.engines.items() for key, value in engine.tensors())
         self.store.save(self.step, tensors, state)
         self.saved = self.step
-        self.deadline.save_seconds = time.perf_counter() - start + self.store.write_seconds
+        self.stall_seconds = time.perf_counter() - start
         self.speed.mark()
 
 

@@ -19,7 +19,7 @@ from cairn.train import deadline as module
 from cairn.train.checkpoint import folder_of, newest, steps_in
 from cairn.train.deadline import UNDECIDED, Deadline
 from cairn.train.folder import RunFolder
-from cairn.train.trainer import train
+from cairn.train.trainer import Trainer, train
 from pretrain.compare import Result, first_differences
 from tests.train.dist import run_distributed
 from tests.train.toy import BATCH, Toy, config
@@ -222,6 +222,22 @@ def test_a_run_ends_before_its_deadline(
         again = train(Timed(clock), timed(tmp_path, "run", minutes), cluster)
         assert f"was finished already, after {end} steps (train.max_hours)" in again.summary()
     assert outcome.folder.metrics.read_bytes() == before
+
+
+def test_a_write_that_is_slow_in_the_background_is_heeded(tmp_path: Path, cluster: Cluster, clock: Clock) -> None:
+    """The first one is that of the cooldown's beginning, and ends some steps later."""
+    section = CheckpointSection(every=0, background=False)
+    trainer = Trainer(Timed(clock), timed(tmp_path, "run").model_copy(update={"checkpoint": section}), cluster)
+    step = trainer.task.step
+
+    def write_ends(*args: Any) -> dict[str, Tensor]:
+        if trainer.saved is not None:
+            trainer.store.write_seconds = 10.0
+        return step(*args)
+
+    trainer.task.step = write_ends  # type: ignore[method-assign]
+    trainer.run()
+    assert 45 < clock.now + 10 < 60
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
