@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,15 @@ def printable(line: object) -> str:
     """A line of limited width without what would drive a terminal."""
     text = str(line)
     return "".join(c for c in text[:WIDEST] if c.isprintable() or c == "\t")
+
+
+def say(text: str) -> None:
+    """A line on stderr, in one piece as threads may write at once. Whoever read it may have gone, and the run goes on.
+
+    Not print: what it cannot write stays in a buffer, at which Python fails in the end, with status 120.
+    """
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 def _name(number: int) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from cairn.cluster import Cluster, launchers
 from cairn.errors import TryAgain, UserError
 from launch import rendezvous
-from launch.failure import FINAL, Failure, cause, printable
+from launch.failure import FINAL, Failure, cause, printable, say
 from launch.job import Job
 from launch.link import Link, Message, Peer
 from launch.ranks import Ranks
@@ -297,9 +297,3 @@ class Launcher:
             self._stop(signal.SIGTERM)
         elif b"USR1" in data.split():
             self._stop(signal.SIGUSR1)
-
-
-def say(text: str) -> None:
-    """A line of the launcher itself, on stderr."""
-    with suppress(OSError):  # whoever read it has gone
-        print(text, file=sys.stderr, flush=True)

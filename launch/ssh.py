@@ -23,6 +23,7 @@ from typing import IO
 
 from cairn.config.cluster import is_secret
 from cairn.errors import UserError
+from launch.failure import say
 
 SSH = ("ssh", "-o", "ServerAliveInterval=15")
 GRACE = 300.0
@@ -214,5 +215,4 @@ class _Launcher:
             text = line.decode("utf-8", "replace").rstrip("\r\n")
             self.last_words = text or self.last_words
             shown = text if self._first else f"[{self.host.name}] {text}"
-            with suppress(OSError):  # whoever read it has gone, and the run goes on
-                print(f"{shown}\n", end="", file=sys.stderr, flush=True)  # in one piece: other threads write too
+            say(shown)
