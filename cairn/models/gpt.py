@@ -23,12 +23,17 @@ class GPT(Transformer):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
     ) -> Tensor:
         """All (B, T). Logits (B, T, V), or with labels (shifted already, -100 = ignore) the fp32 sum of their losses.
 
-        With `document_ids`, tokens see only their own document. With `cache`, input_ids follow what it holds.
+        With `document_ids`, tokens see only their own document, and `positions` say where in it they are. With `cache`,
+        input_ids follow what it holds; `key_padding` (B, cached + T) is then False where a row holds no text.
         """
-        hidden = self.hidden(input_ids, document_ids=document_ids, cache=cache)
+        hidden = self.hidden(
+            input_ids, document_ids=document_ids, key_padding=key_padding, cache=cache, positions=positions
+        )
         head = self.embed.token if self.head is None else self.head
         return head(hidden, as_head=True, labels=labels, softcap=self.section.logit_softcap)  # type: ignore[no-any-return]
 

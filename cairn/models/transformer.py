@@ -15,6 +15,7 @@ from cairn.models.base import LanguageModel
 from cairn.models.cache import KVCache
 from cairn.ops import positions
 from cairn.ops.attention import attention
+from cairn.ops.backends import attention_map
 from cairn.ops.embedding import embedding
 from cairn.ops.losses import cross_entropy_sum, logits_of
 from cairn.ops.masks import Mask
@@ -30,6 +31,8 @@ class Context:
     """(1, H, T, S) added to attention scores: T5's or ALiBi's."""
     rope: tuple[Tensor, Tensor] | None
     cache: KVCache | None
+    record: list[Tensor] | None = None
+    """Where each layer leaves its attention map (B, H, T, S), for those who want to look at it."""
 
 
 def activate(x: Tensor, name: Activation) -> Tensor:
@@ -109,7 +112,7 @@ class Embedding(nn.Module):
         self.norm = Norm(section.d_model, section) if section.embed_norm else None
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None, places: Tensor) -> Tensor:
-        """input_ids, segment_ids (B, T), places (T,) -> (B, T, D)."""
+        """input_ids, segment_ids (B, T), places (T,) or (B, T) -> (B, T, D)."""
         x: Tensor = self.token(input_ids)
         if self.segment is not None:
             x = x + self.segment(torch.zeros_like(input_ids) if segment_ids is None else segment_ids)
@@ -156,6 +159,8 @@ class Attention(nn.Module):
             q, k = positions.rotate(q, context.rope), positions.rotate(k, context.rope)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
+        if context.record is not None:
+            context.record.append(attention_map(q, k, context.mask, context.bias))
         dropout = s.attention_dropout if self.training else 0.0
         y = attention(q, k, v, context.mask, context.bias, dropout, s.attention_backend)
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -223,16 +228,22 @@ class Transformer(LanguageModel):
         document_ids: Tensor | None = None,
         key_padding: Tensor | None = None,
         cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        record: list[Tensor] | None = None,
     ) -> Tensor:
-        """input_ids (B, T) -> (B, T, D). Raises ValueError past max_seq_len where positions are learned."""
+        """input_ids (B, T) -> (B, T, D). Raises ValueError past max_seq_len where positions are learned.
+
+        `positions` (B, T): of each token in its own text, where a row does not begin with its first or holds several;
+        encodings that look at distances alone do without. `record` gets the attention map of each layer.
+        """
         past = 0 if cache is None else cache.length
         n_key = past + input_ids.shape[1]
-        if n_key > self.section.max_seq_len and self.section.position == "learned":
+        if n_key > self.section.max_seq_len and self.section.position == "learned" and positions is None:
             raise ValueError(f"{n_key} tokens are more than model.max_seq_len {self.section.max_seq_len}")
         places = torch.arange(past, n_key, device=input_ids.device)
-        x = self.embed(input_ids, segment_ids, places)
+        x = self.embed(input_ids, segment_ids, places if positions is None else positions)
         mask = Mask(self.causal, self.section.sliding_window, document_ids, key_padding, past)
-        context = Context(mask, self._bias(places, n_key), self._rope(places), cache)
+        context = Context(mask, self._bias(places, n_key), self._rope(places), cache, record)
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)

@@ -9,19 +9,26 @@ from cairn.ops.masks import Mask
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, written out; supports everything and fixes what every backend means."""
+    groups = q.shape[1] // v.shape[1]
+    if groups > 1:
+        v = v.repeat_interleave(groups, 1)
+    return F.dropout(attention_map(q, k, mask, bias).to(v.dtype), dropout) @ v
+
+
+def attention_map(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias): how much each query takes of each key, (B, H, T, S) fp32; a row sums to 1, or to
+    0 where the query sees nothing."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        k = k.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
     if bias is not None:
         scores = scores + bias
     seen = mask.dense(slice(0, q.shape[2]), slice(0, k.shape[2]), q.device)
     if seen is None:
-        probs = scores.softmax(-1)
-    else:
-        # The smallest finite number instead of -inf, then zeros: rows that see nothing give 0, not NaN.
-        probs = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
-    return F.dropout(probs.to(v.dtype), dropout) @ v
+        return scores.softmax(-1)
+    # The smallest finite number instead of -inf, then zeros: rows that see nothing give 0, not NaN.
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Tensor:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
-    """Sines then cosines of (T,) positions at geometric wavelengths (arXiv 1706.03762): (T, dim) fp32."""
+    """Sines then cosines of (...) positions at geometric wavelengths (arXiv 1706.03762): (..., dim) fp32."""
     half = -(-dim // 2)
     rates = torch.exp(torch.arange(half, device=positions.device) * (-math.log(10000.0) / max(half - 1, 1)))
-    angles = positions.float()[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], -1)[:, :dim]
+    angles = positions.float()[..., None] * rates
+    return torch.cat([angles.sin(), angles.cos()], -1)[..., :dim]
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
