@@ -230,18 +230,20 @@ class Transformer(LanguageModel):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         record: list[Tensor] | None = None,
+        layers: list[Tensor] | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> (B, T, D). Raises ValueError past max_seq_len where positions are learned.
 
         `positions` (B, T): of each token in its own text, where a row does not begin with its first or holds several;
-        encodings that look at distances alone do without. `record` gets the attention map of each layer.
+        encodings that look at distances alone do without. `record` gets the attention map of each layer,
+        `layers` what comes out of each block (B, T, D), the last one normed as what is returned.
         """
         past = 0 if cache is None else cache.length
         n_key = past + input_ids.shape[1]
         if n_key > self.section.max_seq_len and self.section.position == "learned" and positions is None:
             raise ValueError(f"{n_key} tokens are more than model.max_seq_len {self.section.max_seq_len}")
         places = torch.arange(past, n_key, device=input_ids.device)
-        x = self.embed(input_ids, segment_ids, places if positions is None else positions)
+        x: Tensor = self.embed(input_ids, segment_ids, places if positions is None else positions)
         mask = Mask(self.causal, self.section.sliding_window, document_ids, key_padding, past)
         context = Context(mask, self._bias(places, n_key), self._rope(places), cache, record)
         for block in self.blocks:
@@ -249,9 +251,15 @@ class Transformer(LanguageModel):
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
+            if layers is not None:
+                layers.append(x)
         if cache is not None:
             cache.length = n_key
-        return x if self.final_norm is None else self.final_norm(x)  # type: ignore[no-any-return]
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if layers is not None:
+            layers[-1] = x
+        return x
 
     def flops_per_token(self, seq_len: int) -> float:
         """6 for each weight of a matrix product (embedding look-ups are none; the head is one), and
