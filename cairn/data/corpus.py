@@ -114,9 +114,9 @@ def _list_files(name: str, files: Iterable[Path]) -> Listing:
     for file in files:
         found = file.stat()
         size = found.st_size
-        if _kind(file) == "parquet" or file.suffix in (".gz", ".zst"):
+        if kind_of(file) == "parquet" or file.suffix in (".gz", ".zst"):
             size *= COMPRESSION
-        parts.append(Part(str(file.resolve()), _kind(file), size))
+        parts.append(Part(str(file.resolve()), kind_of(file), size))
         state.append(f"{file.resolve()} {found.st_size} {found.st_mtime_ns}")
     return Listing(name, tuple(parts), tuple(state))
 
@@ -125,7 +125,8 @@ def _plain(path: PurePath) -> PurePath:
     return path.with_suffix("") if path.suffix in (".gz", ".zst") else path
 
 
-def _kind(path: PurePath) -> str:
+def kind_of(path: PurePath) -> str:
+    """The format that a file's ending means, without .gz or .zst: one of KINDS, else "text"."""
     return KINDS.get(_plain(path).suffix.lower(), "text")
 
 

@@ -47,6 +47,15 @@ def decode(data: bytes, path: str, place: str) -> str:
         raise UserError(f"{path}: {place} is not UTF-8 ({error.reason}); convert the file, e.g. with iconv") from error
 
 
+def text_lines(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their ends, counted from 1, without a byte order mark. Raises UserError naming the line
+    that is not UTF-8."""
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            text = decode(line, path, f"line {number}")
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+
 def lines_before(path: str, offset: int) -> int:
     """Line ends in the first `offset` bytes; to name a line in an error."""
     count = 0
@@ -115,20 +124,39 @@ def read_lines(path: str, start: int, stop: int | None, field: str) -> Documents
     return count
 
 
-def read_json(path: str, field: str) -> Documents:
-    """The text field of each object of one JSON array; a .json file that begins otherwise is read as JSON lines."""
-    with opened(path) as file:
-        head = file.read(64)
-        is_array = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-        if is_array:
-            text = decode(head + file.read(), path, "the file")
-    if not is_array:
-        return (yield from read_lines(path, 0, None, field))
+def parse_json(data: bytes, path: str) -> Any:
+    """What the bytes of a JSON file mean. Raises UserError when they are none."""
     try:
-        rows = json.loads(text.removeprefix("\ufeff"))
+        return json.loads(decode(data, path, "the file").removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    return (yield from _texts(rows, path, "element", 1, field))
+
+
+def json_array(path: str) -> list[Any] | None:
+    """The elements of a file that holds one JSON array, None if it begins otherwise."""
+    with opened(path) as file:
+        head = file.read(64)
+        if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return None
+        elements: list[Any] = parse_json(head + file.read(), path)
+    return elements
+
+
+def read_json(path: str, field: str) -> Documents:
+    """The text field of each object of one JSON array; a .json file that begins otherwise is read as JSON lines."""
+    elements = json_array(path)
+    if elements is None:
+        return (yield from read_lines(path, 0, None, field))
+    return (yield from _texts(enumerate(elements, 1), path, "element", field))
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON may hold half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _problem(row: Any, field: str) -> str:
@@ -140,47 +168,62 @@ def _problem(row: Any, field: str) -> str:
     value = row[field]
     if value is not None and not isinstance(value, str):
         return f"has a {type(value).__name__} in field {field!r}, not text"
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError:
+    if not is_text(value or ""):
         return f"has half a surrogate pair in field {field!r}, which is no text"
     return ""
 
 
-def _texts(rows: Iterable[Any], path: str, unit: str, first: int, field: str) -> Documents:
-    for number, row in enumerate(rows, first):
+def _texts(rows: Iterable[tuple[int, Any]], path: str, unit: str, field: str) -> Documents:
+    for number, row in rows:
         if problem := _problem(row, field):
             raise UserError(f"{path}: {unit} {number} {problem}")
         yield number, row[field] or ""
     return 0
 
 
-def read_csv(path: str, field: str, separator: str) -> Documents:
-    """The text column of a file with a header."""
+def csv_rows(path: str, separator: str, quoting: bool = True, strict: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Rows, each with the line it begins on, counted from 1; that of a blank line is empty.
+
+    quoting: whether cells may be in double quotes. strict: a quote that is not closed, or closed early, is an error.
+    """
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is short for documents
     with opened(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=separator)
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.reader(
+            text, delimiter=separator, strict=strict, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+        )
+        begun = 1  # a row may have several lines
         try:
-            header = next(reader, [])
-            if field not in header:
-                names = ", ".join(map(repr, header)) or "none"
-                raise UserError(f"{path}: no column {field!r} in the header, only {names}; set data.text_field")
-            column = header.index(field)
-            begun = reader.line_num + 1  # a row may have several lines
             for row in reader:
-                if row and len(row) <= column:
-                    raise UserError(f"{path}: line {reader.line_num} has {len(row)} columns, the header {len(header)}")
-                if row:
-                    yield begun, row[column]
+                yield begun, row
                 begun = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 after line {reader.line_num} ({error.reason})") from error
+        except UnicodeDecodeError:
+            for _ in text_lines(path):  # it knows the line, where decoding whole blocks does not
+                pass
+            raise
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num} is malformed ({error})") from error
+            remedy = "; double the quotes inside it, or set data.quoting=false if quotes are text" if strict else ""
+            raise UserError(f"{path}: line {begun} is malformed ({error}){remedy}") from error
+
+
+def read_csv(path: str, field: str, separator: str) -> Documents:
+    """The text column of a file with a header."""
+    rows = csv_rows(path, separator)
+    _, header = next(rows, (1, []))
+    if field not in header:
+        names = ", ".join(map(repr, header)) or "none"
+        raise UserError(f"{path}: no column {field!r} in the header, only {names}; set data.text_field")
+    column = header.index(field)
+    for line, row in rows:
+        if row and len(row) <= column:
+            raise UserError(f"{path}: line {line} has {len(row)} columns, the header {len(header)}")
+        if row:
+            yield line, row[column]
     return 0
 
 
-def _parquet(path: str) -> Any:
+def parquet(path: str) -> Any:
+    """A Parquet file, opened. Raises UserError when it is none."""
     import pyarrow
     import pyarrow.parquet
 
@@ -192,36 +235,44 @@ def _parquet(path: str) -> Any:
 
 def row_groups(path: str) -> int:
     """Row groups of a Parquet file."""
-    count: int = _parquet(path).num_row_groups
+    count: int = parquet(path).num_row_groups
     return count
 
 
-def read_parquet(path: str, start: int, stop: int, field: str) -> Documents:
-    """The text column of row groups [start, stop)."""
+def parquet_rows(
+    path: str, start: int = 0, stop: int | None = None, columns: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of row groups [start, stop) with their numbers in the file, from 0; of some columns, or of all."""
     import pyarrow
 
-    file = _parquet(path)
-    names = file.schema_arrow.names
-    if field not in names:
-        raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, names))}; set data.text_field")
+    file = parquet(path)
+    groups = range(file.num_row_groups)[start:stop]
     number = sum(file.metadata.row_group(i).num_rows for i in range(start))
     try:
-        for batch in file.iter_batches(batch_size=256, row_groups=list(range(start, stop)), columns=[field]):
-            yield from _texts(batch.to_pylist(), path, "row", number, field)
+        for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=columns):
+            yield from enumerate(batch.to_pylist(), number)
             number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: damaged near row {number} ({error})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: near row {number}: not UTF-8 ({error.reason})") from error
-    return 0
+
+
+def read_parquet(path: str, start: int, stop: int, field: str) -> Documents:
+    """The text column of row groups [start, stop)."""
+    names = parquet(path).schema_arrow.names
+    if field not in names:
+        raise UserError(f"{path}: no column {field!r}, only {', '.join(map(repr, names))}; set data.text_field")
+    return (yield from _texts(parquet_rows(path, start, stop, [field]), path, "row", field))
 
 
 @lru_cache(maxsize=2)  # a worker reads many ranges of one dataset, and opening takes a second
-def _dataset(spec: str) -> Any:
+def dataset(spec: str) -> Any:
+    """The `datasets.Dataset` that NAME[:CONFIG][:SPLIT] means. Raises UserError when there is none."""
     try:
         import datasets
     except ImportError as error:
-        raise UserError("data.source datasets:...: the package is missing; pip install datasets") from error
+        raise UserError("datasets:...: the package is missing; pip install datasets") from error
 
     name, *rest = spec.split(":")
     split = rest[-1] if rest else None
@@ -233,7 +284,7 @@ def _dataset(spec: str) -> Any:
     except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"data.source datasets:{spec}: cannot be loaded ({first_line}); check the name "
+            f"datasets:{spec}: cannot be loaded ({first_line}); check the name "
             "(datasets:NAME[:CONFIG][:SPLIT]) and the network, or give the path of a downloaded folder"
         ) from error
     if not isinstance(found, datasets.DatasetDict):
@@ -241,23 +292,23 @@ def _dataset(spec: str) -> Any:
     if split is None:
         split = "train" if "train" in found else next(iter(found))
     if split not in found:
-        raise UserError(f"data.source datasets:{spec}: no split {split!r}, only {', '.join(map(repr, found))}")
+        raise UserError(f"datasets:{spec}: no split {split!r}, only {', '.join(map(repr, found))}")
     return found[split]
 
 
 def dataset_facts(spec: str) -> tuple[int, int, str]:
     """Rows, bytes more or less, and a fingerprint of a `datasets` source."""
-    found = _dataset(spec)
+    found = dataset(spec)
     return len(found), int(found.data.nbytes), f"datasets:{spec} {found._fingerprint} {len(found)}"
 
 
 def read_dataset(spec: str, start: int, stop: int, field: str) -> Documents:
     """The text column of rows [start, stop)."""
-    found = _dataset(spec)
+    found = dataset(spec)
     if field not in found.column_names:
         names = ", ".join(map(repr, found.column_names))
         raise UserError(f"data.source datasets:{spec}: no column {field!r}, only {names}; set data.text_field")
     for first in range(start, stop, 256):
         rows = ({field: text} for text in found[first : min(first + 256, stop)][field])
-        yield from _texts(rows, f"datasets:{spec}", "row", first, field)
+        yield from _texts(enumerate(rows, first), f"datasets:{spec}", "row", field)
     return 0

@@ -177,7 +177,7 @@ JSONL = '{"text": "ok"}\n\n'
         ("a.json", b'[{"text": "x"}', r"a\.json: not JSON"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv: no column 'text' in the header, only 'id', 'body'"),
         ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv: line 3 has 1 columns, the header 2"),
-        ("a.csv", b"id,text\n1,\xff\n", r"a\.csv: not UTF-8"),
+        ("a.csv", b"id,text\n1,\xff\n", r"a\.csv: line 2 is not UTF-8"),
         ("a.parquet", b"PAR1 no parquet", r"a\.parquet: not a Parquet file"),
     ],
 )
