@@ -7,14 +7,14 @@ from pydantic import Field, model_validator
 from cairn.config.base import Section
 
 Position = Literal["learned", "sinusoidal", "t5", "rope", "alibi", "none"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"]
 AttentionBackend = Literal["auto", "reference", "sdpa", "flex", "blocked"]
 
 
 class LanguageModelSection(Section):
     """What every language model has."""
 
-    objective: ClassVar[Literal["causal", "masked"]] = "causal"
+    objective: ClassVar[Literal["causal", "masked", "span"]] = "causal"
     """The objective.name it trains with."""
     max_seq_len: int = Field(1024, ge=1)
     """Longest sequence the model is built for."""
@@ -25,7 +25,7 @@ class LanguageModelSection(Section):
 
 
 class TransformerSection(LanguageModelSection):
-    """The transformer core; GPT-2-like, Llama-like and BERT-like models are values of these keys."""
+    """The transformer core; GPT-2-like, Llama-like, BERT-like and T5-like models are values of these keys."""
 
     n_layer: int = Field(12, ge=1)
     """Transformer blocks."""
@@ -36,7 +36,7 @@ class TransformerSection(LanguageModelSection):
     d_model: int = Field(768, ge=1)
     """Width of the residual stream."""
     d_ff: int | None = Field(None, ge=1)
-    """Width of the feed-forward layer; empty: 4 x d_model (8/3 x d_model rounded up to 128 for swiglu)."""
+    """Width of the feed-forward layer; empty: 4 x d_model (8/3 x d_model rounded up to 128 for swiglu and geglu)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation layer."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -70,7 +70,8 @@ class TransformerSection(LanguageModelSection):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of initial weights."""
     residual_init: Literal["same", "scaled", "zero"] = "scaled"
-    """Initial weights of projections into the residual stream: as the rest, over sqrt(2 n_layer) (GPT-2), or zero."""
+    """Initial weights of projections into the residual stream: as the rest, over the root of their number
+    (GPT-2: sqrt(2 n_layer)), or zero."""
     attention_backend: AttentionBackend = "auto"
     """Kernel of attention; auto picks by device, mask and shape."""
 
@@ -99,7 +100,12 @@ class TransformerSection(LanguageModelSection):
         """Width of the feed-forward layer."""
         if self.d_ff:
             return self.d_ff
-        return 4 * self.d_model if self.activation != "swiglu" else -(-8 * self.d_model // 3 // 128) * 128
+        return -(-8 * self.d_model // 3 // 128) * 128 if self.gated else 4 * self.d_model
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate."""
+        return self.activation in ("swiglu", "geglu")
 
 
 class GPTSection(TransformerSection):
@@ -125,4 +131,29 @@ class BERTSection(TransformerSection):
     attention_dropout: float = Field(0.1, ge=0, lt=1)
 
 
-ModelSection = Annotated[GPTSection | BERTSection, Field(discriminator="name")]
+class Seq2SeqSection(TransformerSection):
+    """An encoder of the source and a decoder that writes the target, looking at it; T5-like by default."""
+
+    objective = "span"
+    name: Literal["seq2seq"] = "seq2seq"
+    n_layer: int = Field(12, ge=1)
+    """Blocks of the encoder."""
+    n_decoder_layer: int | None = Field(None, ge=1)
+    """Blocks of the decoder; empty: n_layer."""
+    max_seq_len: int = Field(512, ge=1)
+    """Longest source, and longest target, that the model is built for."""
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = Field(1e-6, gt=0)
+    position: Position = "t5"
+    activation: Activation = "relu"
+    bias: bool = False
+    residual_init: Literal["same", "scaled", "zero"] = "same"
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @property
+    def decoder_layers(self) -> int:
+        """Blocks of the decoder."""
+        return self.n_decoder_layer or self.n_layer
+
+
+ModelSection = Annotated[GPTSection | BERTSection | Seq2SeqSection, Field(discriminator="name")]

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cairn.config.model import BERTSection
-from cairn.models.transformer import Norm, Transformer, Vocabulary, activate
+from cairn.models.layers import Norm, Vocabulary, activate
+from cairn.models.transformer import Transformer
 from cairn.ops.losses import IGNORE
 
 

@@ -7,8 +7,9 @@ from cairn.errors import UserError
 from cairn.models.base import LanguageModel
 from cairn.models.bert import BERT
 from cairn.models.gpt import GPT
+from cairn.models.seq2seq import Seq2Seq
 
-MODELS: dict[str, type[LanguageModel]] = {"gpt": GPT, "bert": BERT}
+MODELS: dict[str, type[LanguageModel]] = {"gpt": GPT, "bert": BERT, "seq2seq": Seq2Seq}
 """By model.name."""
 
 

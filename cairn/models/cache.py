@@ -15,6 +15,8 @@ class KVCache:
         shape = (section.n_layer, 2, batch, section.kv_heads, capacity, section.head_dim)
         self.store = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values (B, Hkv, S, D) of the source, by layer, where the decoder looks at one."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, Hkv, T, D) behind what is there; all keys and values of the layer, the new ones included.
@@ -28,3 +30,13 @@ class KVCache:
         keys[:, :, self.length : end] = k.detach()  # generation needs no gradient
         values[:, :, self.length : end] = v.detach()
         return keys[:, :, :end], values[:, :, :end]
+
+    def select(self, rows: Tensor, cross: bool = True) -> None:
+        """Keep these rows, (B',) int64; one that comes twice is copied. Not `cross`: each row's source is the same."""
+        kept = self.store[:, :, rows, :, : self.length]
+        if len(rows) != self.store.shape[2]:
+            layers, two, _, heads, capacity, width = self.store.shape
+            self.store = self.store.new_empty(layers, two, len(rows), heads, capacity, width)
+        self.store[:, :, :, :, : self.length] = kept
+        if cross:
+            self.cross = {layer: (k[rows], v[rows]) for layer, (k, v) in self.cross.items()}

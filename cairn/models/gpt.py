@@ -4,7 +4,8 @@ from torch import Tensor
 
 from cairn.config.model import GPTSection
 from cairn.models.cache import KVCache
-from cairn.models.transformer import Transformer, Vocabulary
+from cairn.models.layers import Vocabulary
+from cairn.models.transformer import Transformer
 
 
 class GPT(Transformer):

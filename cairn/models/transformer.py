@@ -1,25 +1,23 @@
-"""The one transformer: embeddings, blocks and the final norm, from which GPT and BERT are made.
+"""The one transformer: attention, blocks and stacks of them, of which all models are made.
 
 Every parameter is used inside its own module's forward, since ZeRO-3 gathers weights per module call.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cairn.config.model import Activation, TransformerSection
+from cairn.config.model import TransformerSection
 from cairn.models.base import LanguageModel
 from cairn.models.cache import KVCache
+from cairn.models.layers import MLP, Embedding, Norm, RelativeBias
 from cairn.ops import positions
 from cairn.ops.attention import attention
 from cairn.ops.backends import attention_map
-from cairn.ops.embedding import embedding
-from cairn.ops.losses import cross_entropy_sum, logits_of
 from cairn.ops.masks import Mask
-from cairn.ops.norms import layer_norm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -33,108 +31,11 @@ class Context:
     cache: KVCache | None
     record: list[Tensor] | None = None
     """Where each layer leaves its attention map (B, H, T, S), for those who want to look at it."""
-
-
-def activate(x: Tensor, name: Activation) -> Tensor:
-    """The non-linearity; swiglu's gate uses silu."""
-    match name:
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "relu":
-            return F.relu(x)
-        case "relu2":
-            return F.relu(x).square()
-        case "swiglu":
-            return F.silu(x)
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm, learned or not; statistics in fp32."""
-
-    def __init__(self, dim: int, section: TransformerSection, kind: str | None = None) -> None:
-        super().__init__()
-        self.kind, self.eps = kind or section.norm, section.norm_eps
-        self.weight = nn.Parameter(torch.ones(dim)) if section.norm_affine else None
-        shifted = section.norm_affine and section.bias and self.kind == "layernorm"
-        self.bias = nn.Parameter(torch.zeros(dim)) if shifted else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "rmsnorm":
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class Lookup(nn.Module):
-    """A table of vectors, read by id."""
-
-    def __init__(self, n_rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_rows, width))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(...) -> (..., width)."""
-        return embedding(ids, self.weight)
-
-
-class Vocabulary(Lookup):
-    """One row per token. Reads ids into vectors, and as a head scores vectors against every row.
-
-    A tied model calls the same module both ways, so its weight is one parameter that is always used in this forward.
-    """
-
-    def forward(
-        self,
-        x: Tensor,
-        as_head: bool = False,
-        labels: Tensor | None = None,
-        bias: Tensor | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Ids (...) -> (..., D); as head (..., D) -> logits (..., V), or with labels (...) the summed loss."""
-        if not as_head:
-            return embedding(x, self.weight)
-        if labels is None:
-            return logits_of(x, self.weight, bias, softcap)
-        return cross_entropy_sum(x, self.weight, labels, bias, softcap)
-
-
-class Embedding(nn.Module):
-    """Token, position and (BERT) segment vectors, summed; then norm, if any, and dropout."""
-
-    def __init__(self, section: TransformerSection, vocab_size: int, n_segment: int = 0) -> None:
-        super().__init__()
-        self.section = section
-        self.token = Vocabulary(vocab_size, section.d_model)
-        self.position = Lookup(section.max_seq_len, section.d_model) if section.position == "learned" else None
-        self.segment = Lookup(n_segment, section.d_model) if n_segment else None
-        self.norm = Norm(section.d_model, section) if section.embed_norm else None
-
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None, places: Tensor) -> Tensor:
-        """input_ids, segment_ids (B, T), places (T,) or (B, T) -> (B, T, D)."""
-        x: Tensor = self.token(input_ids)
-        if self.segment is not None:
-            x = x + self.segment(torch.zeros_like(input_ids) if segment_ids is None else segment_ids)
-        if self.position is not None:
-            x = x + self.position(places)
-        elif self.section.position == "sinusoidal":
-            x = x + positions.sinusoids(places, self.section.d_model).to(x.dtype)
-        if self.norm is not None:
-            x = self.norm(x)
-        return F.dropout(x, self.section.dropout, self.training)
-
-
-class RelativeBias(Lookup):
-    """T5's learned bias of each head for each bucket of distances; one table for all layers."""
-
-    def __init__(self, section: TransformerSection, causal: bool) -> None:
-        super().__init__(32, section.n_head)
-        self.causal = causal
-
-    def forward(self, distance: Tensor) -> Tensor:
-        """(T, S) -> (1, H, T, S)."""
-        return embedding(positions.t5_buckets(distance, self.causal), self.weight).permute(2, 0, 1)[None]
+    memory: Tensor | None = None
+    """(B, S, D), what cross-attention looks at: the encoder's output."""
+    memory_mask: Mask = field(default_factory=Mask)
+    cross_record: list[Tensor] | None = None
+    """As `record`, of cross-attention."""
 
 
 class Attention(nn.Module):
@@ -166,60 +67,167 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class MLP(nn.Module):
-    """Feed-forward layer; swiglu (arXiv 2002.05202) has a gate beside it."""
+class CrossAttention(nn.Module):
+    """Attention to what an encoder made of the source; where it stands counts for nothing here.
 
-    def __init__(self, section: TransformerSection) -> None:
+    With a cache, keys and values are made at its first use, which fixes the source.
+    """
+
+    def __init__(self, section: TransformerSection, layer: int) -> None:
         super().__init__()
-        self.activation = section.activation
-        self.up = nn.Linear(section.d_model, section.ff_dim, bias=section.bias)
-        gated = section.activation == "swiglu"
-        self.gate = nn.Linear(section.d_model, section.ff_dim, bias=section.bias) if gated else None
-        self.down = nn.Linear(section.ff_dim, section.d_model, bias=section.bias)
+        self.section, self.layer = section, layer
+        self.q = nn.Linear(section.d_model, section.d_model, bias=section.bias)
+        self.kv = nn.Linear(section.d_model, 2 * section.kv_heads * section.head_dim, bias=section.bias)
+        self.q_norm = Norm(section.head_dim, section, "rmsnorm") if section.qk_norm else None
+        self.k_norm = Norm(section.head_dim, section, "rmsnorm") if section.qk_norm else None
+        self.out = nn.Linear(section.d_model, section.d_model, bias=section.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up(x)
-        hidden = activate(up, self.activation) if self.gate is None else activate(self.gate(x), "swiglu") * up
-        return self.down(hidden)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        s = self.section
+        q = self.q(x).unflatten(-1, (-1, s.head_dim)).transpose(1, 2)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        known = None if context.cache is None else context.cache.cross.get(self.layer)
+        k, v = self._keys_values(context) if known is None else known
+        if context.cache is not None:
+            context.cache.cross[self.layer] = k, v
+        if context.cross_record is not None:
+            context.cross_record.append(attention_map(q, k, context.memory_mask, None))
+        dropout = s.attention_dropout if self.training else 0.0
+        y = attention(q, k, v, context.memory_mask, None, dropout, s.attention_backend)
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
+        """(B, Hkv, S, D) each."""
+        k, v = self.kv(context.memory).unflatten(-1, (-1, self.section.head_dim)).transpose(1, 2).chunk(2, 1)
+        return k if self.k_norm is None else self.k_norm(k), v
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each beside the residual stream; norms before (GPT-2) or after the sum (BERT)."""
+    """Attention, cross-attention where there is a source, feed-forward, each beside the residual stream; norms before
+    (GPT-2) or after the sum (BERT)."""
 
-    def __init__(self, section: TransformerSection, layer: int) -> None:
+    def __init__(self, section: TransformerSection, layer: int, cross: bool = False) -> None:
         super().__init__()
         self.pre, self.dropout = section.norm_position == "pre", section.dropout
         self.attention_norm = Norm(section.d_model, section)
         self.attention = Attention(section, layer)
+        self.cross_attention_norm = Norm(section.d_model, section) if cross else None
+        self.cross_attention = CrossAttention(section, layer) if cross else None
         self.mlp_norm = Norm(section.d_model, section)
         self.mlp = MLP(section)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        cross, cross_norm = self.cross_attention, self.cross_attention_norm
         if self.pre:
             x = x + self._drop(self.attention(self.attention_norm(x), context))
+            if cross is not None and cross_norm is not None:
+                x = x + self._drop(cross(cross_norm(x), context))
             return x + self._drop(self.mlp(self.mlp_norm(x)))
         x = self.attention_norm(x + self._drop(self.attention(x, context)))
+        if cross is not None and cross_norm is not None:
+            x = cross_norm(x + self._drop(cross(x, context)))
         return self.mlp_norm(x + self._drop(self.mlp(x)))  # type: ignore[no-any-return]
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
 
-class Transformer(LanguageModel):
-    """Embedding, blocks, final norm. GPT and BERT add their heads to it."""
+class Stack(nn.Module):
+    """Blocks and the final norm: an encoder or, causal, a decoder, which with `cross` looks at a source.
 
-    section: TransformerSection
+    `first`: modules that come before these in the order in which weights are drawn.
+    """
 
-    def __init__(self, section: TransformerSection, vocab_size: int, causal: bool, n_segment: int = 0) -> None:
+    def __init__(
+        self, section: TransformerSection, n_layer: int, causal: bool, cross: bool = False, **first: nn.Module
+    ) -> None:
         super().__init__()
+        for name, module in first.items():
+            self.add_module(name, module)
         self.section, self.causal = section, causal
         self.activation_checkpointing = False
         """Recompute each block in the backward pass; the engine sets it."""
-        self.embed = Embedding(section, vocab_size, n_segment)
         self.relative = RelativeBias(section, causal) if section.position == "t5" else None
-        self.blocks = nn.ModuleList(Block(section, i) for i in range(section.n_layer))
+        self.blocks = nn.ModuleList(Block(section, i, cross) for i in range(n_layer))
         self.final_norm = Norm(section.d_model, section) if section.norm_position == "pre" else None
+
+    def through(
+        self,
+        x: Tensor,
+        document_ids: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        record: list[Tensor] | None = None,
+        layers: list[Tensor] | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Mask | None = None,
+        cross_record: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Embedded tokens (B, T, D) -> (B, T, D).
+
+        `record` gets the attention map of each layer, `cross_record` that of its cross-attention to `memory` (B, S, D),
+        `layers` what comes out of each block (B, T, D), the last one normed as what is returned.
+        """
+        past = 0 if cache is None else cache.length
+        n_key = past + x.shape[1]
+        places = torch.arange(past, n_key, device=x.device)
+        mask = Mask(self.causal, self.section.sliding_window, document_ids, key_padding, past)
+        bias, rope, seen = self._bias(places, n_key), self._rope(places), memory_mask or Mask()
+        context = Context(mask, bias, rope, cache, record, memory, seen, cross_record)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+            if layers is not None:
+                layers.append(x)
+        if cache is not None:
+            cache.length = n_key
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if layers is not None:
+            layers[-1] = x
+        return x
+
+    def products(self) -> float:
+        """Weights of matrix products."""
+        return float(sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2))
+
+    def attention_flops(self, seq_len: int) -> float:
+        """Of a trained token: 12 x layers x width x keys seen, half the sequence when causal, at most the window."""
+        window = self.section.sliding_window or seq_len
+        if self.causal:
+            w = min(window, seq_len)
+            keys = (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
+        else:
+            keys = float(min(2 * window - 1, seq_len))
+        return 12.0 * len(self.blocks) * self.section.d_model * keys
+
+    def _rope(self, places: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.section.position != "rope":
+            return None
+        return positions.rope_table(places, self.section.head_dim, self.section.rope_theta)
+
+    def _bias(self, places: Tensor, n_key: int) -> Tensor | None:
+        if self.relative is None and self.section.position != "alibi":
+            return None
+        distance = torch.arange(n_key, device=places.device) - places[:, None]
+        if self.relative is not None:
+            return self.relative(distance)  # type: ignore[no-any-return]
+        return positions.alibi_bias(distance, self.section.n_head)
+
+
+class Transformer(Stack, LanguageModel):
+    """Embedding, blocks, final norm. GPT and BERT add their heads to it."""
+
+    section: TransformerSection
+    embed: Embedding
+
+    def __init__(self, section: TransformerSection, vocab_size: int, causal: bool, n_segment: int = 0) -> None:
+        super().__init__(section, section.n_layer, causal, embed=Embedding(section, vocab_size, n_segment))
 
     def hidden(
         self,
@@ -238,67 +246,35 @@ class Transformer(LanguageModel):
         encodings that look at distances alone do without. `record` gets the attention map of each layer,
         `layers` what comes out of each block (B, T, D), the last one normed as what is returned.
         """
-        past = 0 if cache is None else cache.length
-        n_key = past + input_ids.shape[1]
-        if n_key > self.section.max_seq_len and self.section.position == "learned" and positions is None:
-            raise ValueError(f"{n_key} tokens are more than model.max_seq_len {self.section.max_seq_len}")
-        places = torch.arange(past, n_key, device=input_ids.device)
-        x: Tensor = self.embed(input_ids, segment_ids, places if positions is None else positions)
-        mask = Mask(self.causal, self.section.sliding_window, document_ids, key_padding, past)
-        context = Context(mask, self._bias(places, n_key), self._rope(places), cache, record)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, context, use_reentrant=False)
-            else:
-                x = block(x, context)
-            if layers is not None:
-                layers.append(x)
-        if cache is not None:
-            cache.length = n_key
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        if layers is not None:
-            layers[-1] = x
-        return x
+        x = self.embed(input_ids, segment_ids, positions, 0 if cache is None else cache.length)
+        return self.through(x, document_ids, key_padding, cache, record, layers)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """6 for each weight of a matrix product (embedding look-ups are none; the head is one), and
-        12 x layers x width x keys seen for attention: half the sequence when causal, at most the window.
+        """6 for each weight of a matrix product (embedding look-ups are none; the head is one), and those of attention.
         BERT's vocabulary product is counted at 15 % of the positions, and its pooler not at all.
         """
-        s, window = self.section, self.section.sliding_window or seq_len
-        products = float(sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2))
         head = float(self.embed.token.weight.numel())
-        if self.causal:
-            w = min(window, seq_len)
-            keys = (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
-        else:
-            head = 0.15 * (head + s.d_model**2)
-            keys = float(min(2 * window - 1, seq_len))
-        return 6.0 * (products + head) + 12.0 * s.n_layer * s.d_model * keys
-
-    def _rope(self, places: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.section.position != "rope":
-            return None
-        return positions.rope_table(places, self.section.head_dim, self.section.rope_theta)
-
-    def _bias(self, places: Tensor, n_key: int) -> Tensor | None:
-        if self.relative is None and self.section.position != "alibi":
-            return None
-        distance = torch.arange(n_key, device=places.device) - places[:, None]
-        if self.relative is not None:
-            return self.relative(distance)  # type: ignore[no-any-return]
-        return positions.alibi_bias(distance, self.section.n_head)
+        if not self.causal:
+            head = 0.15 * (head + self.section.d_model**2)
+        return 6.0 * (self.products() + head) + self.attention_flops(seq_len)
 
     def initialize(self) -> None:
         """Draw every weight from torch's generator; biases are zero and norms one."""
-        std, residual = self.section.init_std, {"same": 1.0, "scaled": (2 * self.section.n_layer) ** -0.5, "zero": 0.0}
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "norm" in name:
-                nn.init.ones_(parameter)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
-                nn.init.normal_(parameter, std=std * residual[self.section.residual_init])
-            else:
-                nn.init.normal_(parameter, std=std)
+        draw_weights(self, self.section, 2 * self.section.n_layer)
+
+
+def draw_weights(model: nn.Module, section: TransformerSection, n_sum: int) -> None:
+    """Every weight of a model or a part of one, from torch's generator; biases are zero and norms one.
+
+    `n_sum`: how often its residual stream is added to, by which residual_init "scaled" divides.
+    """
+    residual = {"same": 1.0, "scaled": n_sum**-0.5, "zero": 0.0}[section.residual_init]
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" in name:
+            nn.init.ones_(parameter)
+        elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+            nn.init.normal_(parameter, std=section.init_std * residual)
+        else:
+            nn.init.normal_(parameter, std=section.init_std)

@@ -36,14 +36,15 @@ def _blocks(mask: Mask, q: Tensor, k: Tensor) -> BlockMask | None:
     if mask.is_plain and not mask.causal:
         return None
     if "flex" not in mask.prepared:
+        theirs = mask.document_ids if mask.key_document_ids is None else mask.key_document_ids
 
         def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             distance = i + mask.offset - j
             ok = distance >= 0 if mask.causal else distance == distance
             if mask.window is not None:
                 ok = ok & (distance.abs() < mask.window)
-            if mask.document_ids is not None:
-                ok = ok & (mask.document_ids[b, i] == mask.document_ids[b, j])
+            if mask.document_ids is not None and theirs is not None:
+                ok = ok & (mask.document_ids[b, i] == theirs[b, j])
             if mask.key_padding is not None:
                 ok = ok & mask.key_padding[b, j]
             return ok

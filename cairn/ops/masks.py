@@ -16,11 +16,13 @@ class Mask:
     window: int | None = None
     """Only keys fewer than this many positions away."""
     document_ids: Tensor | None = None
-    """(B, T) integers: only keys with the same one. Self-attention only: T == S, offset 0."""
+    """(B, T) integers: only keys with the same one. Where the keys are the queries T == S, offset 0."""
     key_padding: Tensor | None = None
     """(B, S) bool: only keys where it is True."""
     offset: int = 0
     """Position of the first query among the keys (the length of what a cache already held)."""
+    key_document_ids: Tensor | None = None
+    """(B, S) integers: what document_ids are compared with where the keys are others than the queries."""
     prepared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What a backend makes of the mask, kept for the other layers of the same forward pass."""
 
@@ -40,8 +42,8 @@ class Mask:
             if self.window is not None:
                 parts.append(((distance if self.causal else distance.abs()) < self.window)[None, None])
         if self.document_ids is not None:
-            ids = self.document_ids
-            parts.append((ids[:, rows, None] == ids[:, None, keys])[:, None])
+            theirs = self.document_ids if self.key_document_ids is None else self.key_document_ids
+            parts.append((self.document_ids[:, rows, None] == theirs[:, None, keys])[:, None])
         if self.key_padding is not None:
             parts.append(self.key_padding[:, None, None, keys].bool())
         if not parts:

@@ -13,7 +13,8 @@ from cairn.config.recipes import ViTSection
 from cairn.config.schema import VisionConfig
 from cairn.data.batches import IGNORE, Batch, Samples
 from cairn.errors import UserError
-from cairn.models.transformer import Block, Context, Norm
+from cairn.models.layers import Norm
+from cairn.models.transformer import Block, Context
 from cairn.ops.masks import Mask
 from cairn.train.checkpoint import Checkpoint, folder_of
 from cairn.train.engine import Engine
