@@ -1,6 +1,6 @@
 """What a language model is, beside the forward pass that its objective calls."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
@@ -20,6 +20,8 @@ class LanguageModel(nn.Module):
     """
 
     section: LanguageModelSection
+    takes_padding: ClassVar[bool] = False
+    """Whether forward takes `positions`, `key_padding` and `last_only` too: prompts of all lengths go in one batch."""
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations a trained token costs, forward and backward, recomputation left out."""

@@ -1,5 +1,7 @@
 """A decoder: GPT-2-like and Llama-like models are values of its section."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from cairn.config.model import GPTSection
@@ -12,6 +14,7 @@ class GPT(Transformer):
     """Predicts each next token."""
 
     section: GPTSection
+    takes_padding: ClassVar[bool] = True
 
     def __init__(self, section: GPTSection, vocab_size: int) -> None:
         super().__init__(section, vocab_size, causal=True)
@@ -26,15 +29,19 @@ class GPT(Transformer):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         key_padding: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """All (B, T). Logits (B, T, V), or with labels (shifted already, -100 = ignore) the fp32 sum of their losses.
 
         With `document_ids`, tokens see only their own document, and `positions` say where in it they are. With `cache`,
         input_ids follow what it holds; `key_padding` (B, cached + T) is then False where a row holds no text.
+        `last_only` makes the logits of the last position alone, (B, 1, V).
         """
         hidden = self.hidden(
             input_ids, document_ids=document_ids, key_padding=key_padding, cache=cache, positions=positions
         )
+        if last_only:
+            hidden = hidden[:, -1:]
         head = self.embed.token if self.head is None else self.head
         return head(hidden, as_head=True, labels=labels, softcap=self.section.logit_softcap)  # type: ignore[no-any-return]
 
