@@ -50,6 +50,18 @@ class SentencePieceSection(Section):
     """Megabytes of training text it is trained on, drawn evenly over the documents."""
 
 
+class WordPieceSection(Section):
+    """BERT's tokenizer (arXiv 1609.08144), trained on the corpus: words at spaces and punctuation, then their pieces."""
+
+    name: Literal["wordpiece"] = "wordpiece"
+    vocab_size: int = Field(8192, ge=300)
+    """Pieces, the special ones included."""
+    lowercase: bool = True
+    """Whether capitals and accents are dropped; text comes back without them then."""
+    sample_mb: float = Field(10.0, gt=0)
+    """Megabytes of training text it is trained on, drawn evenly over the documents."""
+
+
 class TokenizerFileSection(Section):
     """An existing tokenizer."""
 
@@ -64,7 +76,9 @@ class BytesSection(Section):
     name: Literal["bytes"] = "bytes"
 
 
-TokenizerSection = Annotated[SentencePieceSection | TokenizerFileSection | BytesSection, Field(discriminator="name")]
+TokenizerSection = Annotated[
+    SentencePieceSection | WordPieceSection | TokenizerFileSection | BytesSection, Field(discriminator="name")
+]
 
 
 class CausalSection(Section):

@@ -1,8 +1,8 @@
 """What the schema says of a key: the sections it may hold, its type in words, its doc."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
@@ -21,8 +21,7 @@ def nested(annotation: Any) -> list[type[Section]]:
 
 def sections(info: FieldInfo) -> list[type[Section]]:
     """Section classes the key itself may hold: none for a plain value, several for a choice by `name`."""
-    arms = [info.annotation, *get_args(info.annotation)]
-    return [arm for arm in arms if isinstance(arm, type) and issubclass(arm, Section)]
+    return [arm for arm in _arms(info.annotation) if isinstance(arm, type) and issubclass(arm, Section)]
 
 
 def field_of(kinds: Sequence[type[Section]], key: str) -> FieldInfo | None:
@@ -66,6 +65,14 @@ def dotted(kinds: Iterable[type[Section]], prefix: str = "") -> Iterator[str]:
         for key, info in kind.model_fields.items():
             yield prefix + key
             yield from dotted(sections(info), f"{prefix}{key}.")
+
+
+def _arms(annotation: Any) -> list[Any]:
+    """The types of a union, however it is written."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _arms(args[0])
+    return [arm for arg in args for arm in _arms(arg)] if origin in (Union, UnionType) else [annotation]
 
 
 def _words(annotation: Any) -> str:

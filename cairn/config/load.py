@@ -52,6 +52,11 @@ def resolve(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> Resol
     return Resolved(config, {key: written.get(key, "default") for key in _leaves(config.model_dump())})
 
 
+def has_section(path: Path, name: str) -> bool:
+    """Whether a YAML file, or one that it extends, has a top-level key of that name. Raises UserError as load does."""
+    return any(name in tree for tree in read_chain(path, []))
+
+
 def dump(config: Section, origins: Mapping[str, str] | None = None) -> str:
     """The config as YAML that `load` reads back to an equal one; with `origins`, as a comment after each value."""
     lines = list(_lines(config.model_dump(mode="json"), ""))

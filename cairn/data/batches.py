@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,18 +34,24 @@ class Samples(Protocol):
         ...
 
 
+@runtime_checkable
+class Ragged(Samples, Protocol):
+    """Samples of different lengths, which say themselves how some of them become a batch."""
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Items as one batch of tensors."""
+        ...
+
+
 def collate(items: Sequence[Item]) -> Batch:
     """Items with arrays of (...) as one batch of tensors (B, ...)."""
     return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
 
 
-def blank(batch: Batch, start: int = 0) -> Batch:
-    """The batch without the targets of the samples from `start` on, which weigh nothing then."""
-    out = dict(batch)
-    for key in (key for key in batch if key.endswith(("label", "labels"))):
-        out[key] = batch[key].clone()
-        out[key][start:] = IGNORE
-    return out
+def blank(item: Item) -> Item:
+    """The item without its targets: it fills a batch up and weighs nothing."""
+    labels = {key: np.full_like(item[key], IGNORE) for key in item if key.endswith(("label", "labels"))}
+    return item | labels
 
 
 class Loader:
@@ -140,7 +146,6 @@ class Loader:
 
     def _build(self, numbers: Sequence[int], size: int) -> Batch:
         items = [self.samples.item(k) for k in numbers or [0]]
-        batch = collate(items + items[:1] * (size - len(items)))
-        if len(numbers) < size:
-            batch = blank(batch, len(numbers))
+        items = items[: len(numbers)] + [blank(items[0])] * (size - len(numbers))
+        batch = self.samples.collate(items) if isinstance(self.samples, Ragged) else collate(items)
         return {key: value.pin_memory() for key, value in batch.items()} if self._pin else batch

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import BertWordPieceTokenizer
 from tokenizers import Tokenizer as Backend
 
+from cairn.config.data import WordPieceSection
 from cairn.data.tokenizer import begins_word, cut
 from cairn.errors import UserError
 
@@ -89,6 +90,17 @@ class HuggingFaceTokenizer:
         self._backend.save(str(folder / "tokenizer.json"))
         names = {f"{kind}_token": token for kind, token in self._named.items()}
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=1, sort_keys=True))
+
+
+def train_wordpiece(texts: Iterable[str], section: WordPieceSection, folder: Path) -> None:
+    """Train on the texts and write `folder/tokenizer.json`. Raises UserError when they are too few for the vocabulary."""
+    tokenizer = BertWordPieceTokenizer(lowercase=section.lowercase)
+    tokenizer.train_from_iterator(texts, vocab_size=section.vocab_size, show_progress=False)
+    if (found := tokenizer.get_vocab_size()) < section.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size {section.vocab_size}: the text has words for {found} pieces only; lower it to that"
+        )
+    HuggingFaceTokenizer(Backend.from_str(tokenizer.to_str()), {}).save(folder)
 
 
 def load_huggingface(path: Path) -> HuggingFaceTokenizer:

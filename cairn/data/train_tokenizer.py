@@ -2,12 +2,13 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from cairn.config.data import SentencePieceSection
+from cairn.config.data import SentencePieceSection, WordPieceSection
 from cairn.data.corpus import Part, documents
 from cairn.data.encode import Split, digest_of, place
+from cairn.data.huggingface import train_wordpiece
 from cairn.data.pool import say
 from cairn.data.sentencepiece import BLOCK, train_sentencepiece
 from cairn.data.tokenizer import cut
@@ -18,13 +19,21 @@ Corpus = tuple[Sequence[Sequence[Part]], str, Split]
 """Units, text field and split of a source."""
 
 
-def train_on_sample(corpora: Sequence[Corpus], section: SentencePieceSection, folder: Path) -> None:
+def train_on_sample(corpora: Sequence[Corpus], section: SentencePieceSection | WordPieceSection, folder: Path) -> None:
     """Train on blocks of training text spread over the sources in proportion to their size."""
-    started = time.perf_counter()
     wanted = section.sample_mb * 1e6
     total = sum(_size(units) for units, _, _ in corpora) or 1
     texts = (text for corpus in corpora for text in sample(corpus, wanted * _size(corpus[0]) / total))
-    train_sentencepiece(texts, section, folder)
+    train_on_texts(texts, section, folder)
+
+
+def train_on_texts(texts: Iterable[str], section: SentencePieceSection | WordPieceSection, folder: Path) -> None:
+    """Train on the texts and write what `load_tokenizer(folder)` reads. Raises UserError when they are too few."""
+    started = time.perf_counter()
+    if isinstance(section, SentencePieceSection):
+        train_sentencepiece(texts, section, folder)
+    else:
+        train_wordpiece(texts, section, folder)
     say(f"trained a tokenizer of {section.vocab_size:,} pieces in {time.perf_counter() - started:.1f} s")
 
 

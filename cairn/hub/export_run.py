@@ -33,7 +33,7 @@ def export_run(run: Path, folder: Path) -> list[str]:
         raise UserError(f"{folder} exists already: give a new folder")
     loaded = load_model(run, torch.device("cpu"))
     architecture, arguments, table = counterpart(
-        loaded.config.model, padded_vocab(loaded.config.model, loaded.tokenizer.vocab_size)
+        loaded.section, padded_vocab(loaded.section, loaded.tokenizer.vocab_size)
     )
     folder.mkdir(parents=True)
     try:

@@ -126,6 +126,8 @@ class CheckpointStore:
         self._abandoned = threading.Event()
         self.last_step: int | None = None
         """Step of the last save."""
+        self.best: int | None = None
+        """Step whose checkpoint is kept whatever comes after it; the trainer sets it."""
         self.write_seconds = 0.0
         """What the last write took here, whether in the background or not."""
         if rank == 0:
@@ -276,7 +278,7 @@ class CheckpointStore:
     def _prune(self) -> None:
         steps = steps_in(self.root)
         for step in steps[: -self.keep_last]:
-            if not self.keep_every or step % self.keep_every:
+            if step != self.best and (not self.keep_every or step % self.keep_every):
                 # Renamed first, so that a kill halfway leaves no folder that looks like a damaged checkpoint.
                 path = folder_of(self.root, step)
                 doomed = path.rename(_free_name(path.with_name(f".tmp-pruned-{path.name}")))

@@ -7,6 +7,7 @@ import torch
 from cairn.cluster import Cluster
 from cairn.config.schema import RunConfig
 from cairn.train.folder import RunFolder
+from cairn.train.select import Standing
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Outcome:
     seconds: float
     out_of_time: bool = False
     """Whether train.max_hours made `step` the last one."""
+    best: Standing | None = None
+    """The best evaluation, where the run selects one."""
 
     def summary(self) -> str:
         """What a user wants to know at the end, and how to go on."""
@@ -37,6 +40,8 @@ class Outcome:
         else:
             lines.append(f"finished {steps} ({self.seconds:.0f} s in this call)")
         lines += [f"{name}: {value:.4f}" for name, value in self.metrics.items()]
+        if self.best is not None:
+            lines.append(f"best: {self.best.value:.4f} at step {self.best.step}, whose checkpoint is kept")
         return "\n".join([*lines, f"report: cairn report {self.folder.path}"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cairn.config.data import SentencePieceSection, TokenizerFileSection
+from cairn.config.data import SentencePieceSection, TokenizerFileSection, WordPieceSection
 from cairn.config.model import ModelSection, TransformerSection
 from cairn.config.schema import PretrainConfig
 from cairn.data.encode import check_unit
@@ -47,9 +47,9 @@ def batch(config: PretrainConfig, world_size: int) -> Finding:
     """Whether the global batch divides into micro-batches of the ranks."""
     size, micro = config.train.global_batch_size, config.train.micro_batch_size
     found = f"train.global_batch_size {size}, train.micro_batch_size {micro}, {world_size} ranks"
-    if size % (micro * world_size):
-        fitting = [n for n in range(1, size + 1) if size % (n * world_size) == 0 and n <= micro]
-        remedy = f"train.micro_batch_size={fitting[-1]} divides" if fitting else "give a multiple of the ranks"
+    fitting = config.train.fitting_micro_batch_size(world_size)
+    if fitting != micro:
+        remedy = f"train.micro_batch_size={fitting} divides" if fitting else "give a multiple of the ranks"
         return error(f"{found} does not divide", remedy)
     return ok(f"{found}: grad_accum {size // (micro * world_size)}")
 
@@ -127,7 +127,7 @@ def vocab_size(config: PretrainConfig) -> int:
     tokenizer = tokenizer_of(config)
     if tokenizer is not None:
         return tokenizer.vocab_size
-    assert isinstance(config.tokenizer, SentencePieceSection)
+    assert isinstance(config.tokenizer, SentencePieceSection | WordPieceSection)
     return config.tokenizer.vocab_size
 
 

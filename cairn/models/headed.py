@@ -1,0 +1,60 @@
+"""A GPT or BERT whose language-model heads have given way to the head of a task."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cairn.config.finetune import FrozenSection, Head, LoRASection, TuneSection
+from cairn.config.model import BERTSection, TransformerSection
+from cairn.models.bert import Pooler
+from cairn.models.lora import add_lora
+from cairn.models.transformer import Transformer
+
+
+class Headed(Transformer):
+    """Outputs of a text or of its tokens, as `transformers`' AutoModelForSequenceClassification and its kin give them.
+
+    Of a text: from its [CLS] through the pooler, or from a decoder's last token. Names of parameters are those of the
+    language model, so that its weights fit; only `head` is new.
+    """
+
+    def __init__(self, section: TransformerSection, vocab_size: int, head: Head) -> None:
+        encoder = section if isinstance(section, BERTSection) else None
+        super().__init__(section, vocab_size, causal=encoder is None, n_segment=encoder.n_segment if encoder else 0)
+        self.kind = head.kind
+        self.pooler = Pooler(encoder) if encoder and head.kind == "sequence" else None
+        # GPT2ForSequenceClassification and its kin have no bias there.
+        self.head = nn.Linear(section.d_model, head.n_out, bias=encoder is not None or head.kind == "token")
+        self.initialize()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """All (R, C): rows of texts. Outputs (R, C, K) of every token; or with `at` (B,), places in the flattened rows,
+        those of B texts (B, K)."""
+        x = self.hidden(input_ids, segment_ids, document_ids=document_ids, positions=positions)
+        if at is not None:
+            x = x.flatten(0, 1)[at]
+            x = self.pooler(x[:, None]) if self.pooler is not None else x
+        return self.head(F.dropout(x, self.section.dropout, self.training))  # type: ignore[no-any-return]
+
+
+def prepare_tuning(model: nn.Module, tune: TuneSection) -> None:
+    """Freeze what does not train, and add LoRA's updates where they are asked for."""
+    training: tuple[str, ...] = ("head.", "pooler.") if isinstance(model, Headed) else ()
+    names = {id(module): f"{name}." for name, module in model.named_modules()}
+    if isinstance(tune, LoRASection):
+        add_lora(model, tune)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".lora_" in name or name.startswith(training)
+    elif isinstance(tune, FrozenSection):
+        if tune.last_blocks:
+            training += ("final_norm.",)
+            for module in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+                training += tuple(names[id(block)] for block in list(module)[-tune.last_blocks :])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith(training)

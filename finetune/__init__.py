@@ -1,0 +1,1 @@
+"""Downstream tasks and custom data: `python -m finetune CONFIG`."""
