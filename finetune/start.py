@@ -31,7 +31,7 @@ class Start:
     """In words."""
 
     def fill(self, model: nn.Module) -> list[str]:
-        """Copy the weights into a model; the names of those that are new. Raises UserError where the base lacks some."""
+        """Copy the weights into a model; the names of the new ones. Raises UserError where the base lacks some."""
         wanted: dict[str, Tensor] = dict(model.named_parameters())
         if self.weights is None:
             return list(wanted)

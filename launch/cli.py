@@ -15,7 +15,7 @@ from cairn.config.errors import close
 from cairn.config.help import print_help
 from cairn.config.load import Resolved, dump, load, resolve
 from cairn.config.main import run_main
-from cairn.config.schema import GANConfig, PretrainConfig, VisionConfig
+from cairn.config.schema import FinetuneConfig, GANConfig, PretrainConfig, VisionConfig
 from cairn.errors import UserError
 from launch.job import ALLOCATOR
 
@@ -36,7 +36,11 @@ CONFIG = "CONFIG [section.key=value ...]"
 VERBS = {
     "pretrain": Verb("pretrain", PretrainConfig, CONFIG, "train a language model from scratch", "many"),
     "prepare": Verb("pretrain.prepare", PretrainConfig, CONFIG, "tokenize the corpus and stop", "one"),
+    "finetune": Verb(
+        "finetune", FinetuneConfig, f"{CONFIG} [--seeds 1,2,3]", "train a model on a task of your own", "many"
+    ),
     "generate": Verb("cairn.decode", None, "RUN --prompt TEXT [options]", "write text with a trained model"),
+    "eval": Verb("cairn.evaluate", None, "RUN --tasks FILE,... [options]", "score a trained model on tasks"),
     "report": Verb("cairn.train.report", None, "RUN ...", "one HTML page of curves, config and throughput"),
     "verify-resume": Verb(
         "pretrain.verify_resume", PretrainConfig, f"{CONFIG} [options]", "prove that kill and resume change nothing"

@@ -13,6 +13,18 @@ from cairn.config.data import (
     SentencePieceSection,
     TokenizerSection,
 )
+from cairn.config.finetune import (
+    BaseSection,
+    ClassifySection,
+    ExamplesSection,
+    FinetuneOptim,
+    FinetuneOptimSection,
+    FinetuneScheduleSection,
+    FinetuneTrainSection,
+    FullSection,
+    TaskSection,
+    TuneSection,
+)
 from cairn.config.model import BERTSection, GPTSection, ModelSection
 from cairn.config.recipes import DCGANSection, DigitsSection, ViTSection
 from cairn.config.train import (
@@ -23,6 +35,7 @@ from cairn.config.train import (
     OptimSection,
     RunSection,
     ScheduleSection,
+    SelectSection,
     TrackSection,
     TrainSection,
 )
@@ -40,6 +53,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     guard: GuardSection = GuardSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    select: SelectSection = SelectSection()
     track: TrackSection = TrackSection()
 
 
@@ -63,14 +77,49 @@ class PretrainConfig(RunConfig):
         pairs = isinstance(self.objective, MaskedSection) and self.objective.next_sentence
         if pairs and isinstance(self.model, BERTSection) and self.model.n_segment < 2:
             raise ValueError("objective.next_sentence needs model.n_segment of at least 2")
-        if self.data.document_mask and isinstance(self.objective, MaskedSection):
-            raise ValueError("data.document_mask is for objective.name causal, not masked")
+        if self.data.document_mask and self.objective.name != "causal":
+            raise ValueError(f"data.document_mask is for objective.name causal, not {self.objective.name}")
         if self.objective.name != self.model.objective:
             raise ValueError(
                 f"model.name {self.model.name} trains with objective.name {self.model.objective}, "
                 f"not {self.objective.name}"
             )
         return self
+
+
+class FinetuneConfig(RunConfig):
+    """`cairn finetune`: a trained language model on a task of its own, or one from scratch to compare with."""
+
+    base: BaseSection = BaseSection()
+    data: ExamplesSection
+    task: TaskSection = ClassifySection()
+    tune: TuneSection = FullSection()
+    model: ModelSection | None = None
+    """The model, where there is no base.path; a run folder's config has that of its base."""
+    tokenizer: TokenizerSection | None = None
+    """Its tokenizer, where there is no base.path."""
+    optim: FinetuneOptim = FinetuneOptimSection()
+    schedule: FinetuneScheduleSection = FinetuneScheduleSection()
+    train: FinetuneTrainSection = FinetuneTrainSection()
+
+    @model_validator(mode="after")
+    def _begins_somewhere(self) -> Self:
+        if self.base.path is None and (self.model is None or self.tokenizer is None):
+            lacking = "model" if self.model is None else "tokenizer"
+            raise ValueError(f"give base.path, a run or a transformers folder; or, from scratch, a {lacking} section")
+        if self.base.path is not None and self.tokenizer is not None:
+            raise ValueError("tokenizer: base.path brings its own; leave the section out")
+        if self.model is not None:
+            check_kind(self.task, self.model)
+        return self
+
+
+def check_kind(task: TaskSection, model: ModelSection) -> None:
+    """Raise ValueError where a model of this kind cannot do the task."""
+    fitting = {"instruct": ("gpt",), "translate": ("seq2seq",), "text": ("gpt", "bert", "seq2seq")}
+    kinds = fitting.get(task.name, ("bert", "gpt"))
+    if model.name not in kinds:
+        raise ValueError(f"task.name {task.name} needs a model of kind {' or '.join(kinds)}, and this is {model.name}")
 
 
 class VisionConfig(RunConfig):

@@ -24,6 +24,9 @@ class AdamWSection(Section):
     """Decoupled decay of matrices and embeddings; norms and biases have none."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest norm of the whole gradient; 0: off."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of a block over that of the block above it; embeddings lie below the first, heads above the last
+    (arXiv 1801.06146, section 3.2)."""
 
 
 class MuonSection(Section):
@@ -101,6 +104,14 @@ class TrainSection(Section):
     eval_samples: int | None = Field(None, ge=1)
     """Held-out samples of an evaluation, spread evenly over them; empty: all."""
 
+    def fitting_micro_batch_size(self, world_size: int) -> int | None:
+        """The largest, up to micro_batch_size, that the global batch over so many ranks is a multiple of; None: none.
+
+        It is micro_batch_size itself where the batch divides as it is.
+        """
+        sizes = range(self.micro_batch_size, 0, -1)
+        return next((size for size in sizes if self.global_batch_size % (size * world_size) == 0), None)
+
 
 class GuardSection(Section):
     """What is done when numbers go bad or a rank hangs."""
@@ -132,6 +143,16 @@ class CheckpointSection(Section):
     """Write while training goes on."""
     resume: bool = True
     """Go on from the newest good checkpoint of the run folder, if there is one."""
+
+
+class SelectSection(Section):
+    """Which checkpoint is the run's best, and when there is no better one to hope for."""
+
+    metric: str | None = None
+    """Metric of an evaluation, such as loss or accuracy: the checkpoint that is best by it is kept, and is the one that
+    is used. Empty: of a pretraining run the newest, of a fine-tuning one by its task's own metric."""
+    patience: int | None = Field(None, ge=1)
+    """Evaluations in a row without a better one that end the run early; empty: it goes to its end."""
 
 
 class TrackSection(Section):

@@ -25,6 +25,7 @@ MAY_DIFFER = (
     "track",
     "checkpoint",
     "guard",
+    "select",
     "data.dir",
     "data.workers",
     "train.micro_batch_size",
@@ -68,16 +69,23 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, training steps and evaluations, in order. Raises UserError when there are none."""
-        rows = list(parse_rows(self.metrics)) if self.metrics.exists() else []
+        rows = list(parse_rows(self.metrics))
         if not rows:
             raise UserError(f"{self.path} has no rows in metrics.jsonl: is it a run folder, and has it taken a step?")
         return rows
 
     def last_evaluation(self) -> dict[str, float]:
         """Metrics of the newest evaluation, without its step; empty when there is none."""
-        rows = list(parse_rows(self.metrics)) if self.metrics.exists() else []
-        evaluations = [row for row in rows if any(key.startswith("valid/") for key in row)]
-        return {key: value for key, value in evaluations[-1].items() if key != "step"} if evaluations else {}
+        newest: dict[str, Any] = next(reversed(self.evaluations()), {})
+        return {key: value for key, value in newest.items() if key != "step"}
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether there is an evaluation of a step."""
+        return any(row["step"] == step for row in self.evaluations())
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations, in order."""
+        return [row for row in parse_rows(self.metrics) if any(key.startswith("valid/") for key in row)]
 
     def keep_tokenizer(self, save: Callable[[Path], None]) -> None:
         """Have `save` write the tokenizer, in one step, unless the folder has it: whoever reads the model needs it.
@@ -116,9 +124,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file; null is nan. Passed over are lines that are none: a last one that a kill left half
-    written, and zeros, which a node that went down may leave where its newest rows were."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    """The rows of a .jsonl file, none where there is no file; null is nan. Passed over are lines that are none: a last
+    one that a kill left half written, and zeros, which a node that went down may leave where its newest rows were."""
+    try:
+        file = path.open(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    with file:
         for line in file:
             if not line.endswith("\n"):
                 return

@@ -26,11 +26,12 @@ from cairn.train.deadline import Deadline
 from cairn.train.diagnosis import first_bad, first_documents
 from cairn.train.folder import RunFolder
 from cairn.train.guard import Guard, Spike
-from cairn.train.opening import build_engines, newest_checkpoint, open_folder, open_loader, restore, was_evaluated
+from cairn.train.opening import build_engines, newest_checkpoint, open_folder, open_loader, restore
 from cairn.train.outcome import Outcome, introduction
 from cairn.train.peak import matmul_peak
 from cairn.train.pending import Pending
 from cairn.train.signals import Stopped, StopSignal
+from cairn.train.select import Selection
 from cairn.train.speed import Speed
 from cairn.train.task import Task
 from cairn.train.track import Tracker
@@ -63,6 +64,7 @@ class Trainer:
         evaluated = min(config.train.eval_samples or held_out, held_out)
         self.deadline = Deadline(config, schedule(config.schedule, config.train.steps), evaluated)
         self.guard = Guard(config.guard)
+        self.selection = Selection(config.select, self.folder, self.store, cluster)
         self.step = 0
         self.saved: int | None = None
         """Step of the newest checkpoint."""
@@ -98,8 +100,9 @@ class Trainer:
             self.step = self.saved = checkpoint.step
             self.deadline.load(self.step, checkpoint.state)
             self.guard.load(checkpoint.state.get("guard", {}))
+        self.selection.look(self.step)
         first, owed = self.step, self.cluster.on_main(self._owes_evaluation)
-        if self.step >= self.deadline.end and not owed:
+        if (self.step >= self.deadline.end or self.selection.exhausted) and not owed:
             return self._outcome(first, start)
         self.engines, sizes = build_engines(self.task, config, self.cluster)
         if checkpoint is not None:
@@ -129,7 +132,7 @@ class Trainer:
     def _loop(self) -> None:
         """Step by step, to the end or until all ranks agree to stop."""
         train, save_every = self.config.train, self.config.checkpoint.every
-        while self.step < self.deadline.end and not self._stops():
+        while self.step < self.deadline.end and not self.selection.exhausted and not self._stops():
             urgent, cooldown = self._train_step(), self.deadline.cooldown
             due = any(_due(self.step, every) for every in (train.log_every, train.eval_every, save_every))
             if (due or urgent or self.step == self.deadline.end) and not self._flush():
@@ -138,6 +141,7 @@ class Trainer:
             self.tracker.progress(self.step, {})
             if last or _due(self.step, train.eval_every):
                 self._evaluate()
+            last = last or self.selection.decides(self.step)
             if last or _due(self.step, save_every) or self.deadline.cooldown != cooldown:
                 self._save()
 
@@ -148,9 +152,10 @@ class Trainer:
 
     def _outcome(self, first: int, start: float) -> Outcome:
         stopped_by = self.stop.name if self.stopped else None
-        early = not stopped_by and self.step < self.config.train.steps
+        early = not stopped_by and self.step < self.config.train.steps and not self.selection.exhausted
         metrics = self.metrics or self.folder.last_evaluation()
-        return Outcome(self.folder, first, self.step, stopped_by, metrics, time.perf_counter() - start, early)
+        seconds, best = time.perf_counter() - start, self.selection.best
+        return Outcome(self.folder, first, self.step, stopped_by, metrics, seconds, early, best)
 
     def _train_step(self) -> bool:
         """One step. Whether its row must be looked at now."""
@@ -227,6 +232,7 @@ class Trainer:
         self.guard.roll_back(spike, self.step, checkpoint.state.get("guard", {}))
         self.deadline.load(self.step, checkpoint.state, same_call=True)
         self.tracker.truncate(self.step)
+        self.selection.look(self.step)
         passed = f"passing over the samples of steps {self.step + 1} to {spike.step}"
         self.tracker.message(f"{spike}: back to the checkpoint of step {self.step}, {passed}")
 
@@ -261,6 +267,7 @@ class Trainer:
         self.tracker.rows([{"step": self.step, **self.metrics}])
         values = "  ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
         self.tracker.message(f"step {self.step}: {values}")
+        self.selection.look(self.step)
         self.deadline.eval_seconds = time.perf_counter() - start
         self.speed.mark()
 
@@ -276,7 +283,7 @@ class Trainer:
     def _owes_evaluation(self) -> bool:
         """Whether an evaluation is due that the call which came to this step had no time for."""
         due = self.step == self.deadline.end or _due(self.step, self.config.train.eval_every)
-        return self.step > 0 and due and not was_evaluated(self.folder, self.step)
+        return self.step > 0 and due and not self.folder.was_evaluated(self.step)
 
     def _save(self) -> None:
         start = time.perf_counter()
