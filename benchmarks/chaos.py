@@ -108,8 +108,7 @@ class Arena:
 
 def last_step(folder: RunFolder) -> int:
     """The newest training row's step; 0 before the first."""
-    rows = list(parse_rows(folder.metrics)) if folder.metrics.exists() else []
-    return max((row["step"] for row in rows if "loss" in row), default=0)
+    return max((row["step"] for row in parse_rows(folder.metrics) if "loss" in row), default=0)
 
 
 def descendants(pid: int) -> list[int]:

@@ -152,7 +152,7 @@ def measure_saves(saves: int, rounds: int) -> float:
 
 def last(run: RunFolder) -> int:
     """Step of the newest row; 0 before the first."""
-    return max((row["step"] for row in parse_rows(run.metrics)), default=0) if run.metrics.exists() else 0
+    return max((row["step"] for row in parse_rows(run.metrics)), default=0)
 
 
 def until(met: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:

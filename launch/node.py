@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from cairn.cluster import Cluster, launchers
-from cairn.errors import TryAgain, UserError
+from cairn.errors import TryAgain, UserError, exit_status
 from launch import rendezvous
 from launch.failure import FINAL, Failure, cause, printable, say
 from launch.job import Job
@@ -113,7 +113,7 @@ class Launcher:
         try:
             status, why = await self._lead(head, addr, port)
         except UserError as error:
-            status, why = (os.EX_TEMPFAIL if isinstance(error, TryAgain) else 2), str(error)
+            status, why = exit_status(error), str(error)
             raise
         finally:
             head.tell("end", status=status, why=why)

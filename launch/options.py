@@ -143,11 +143,11 @@ def check_batch(config: RunConfig, world_size: int) -> None:
     """Raise UserError, with what to set, where the global batch does not divide over so many processes."""
     section = config.train
     batch, micro = section.global_batch_size, section.micro_batch_size
-    if batch % (micro * world_size) == 0:
+    fitting = section.fitting_micro_batch_size(world_size)
+    if fitting == micro:
         return
-    fits = [m for m in range(1, micro) if batch % (m * world_size) == 0]
     grown = -(-batch // (micro * world_size)) * micro * world_size
-    ways = [f"train.micro_batch_size={m}" for m in fits[-1:]] + [f"train.global_batch_size={grown}"]
+    ways = ([f"train.micro_batch_size={fitting}"] if fitting else []) + [f"train.global_batch_size={grown}"]
     raise UserError(
         f"train.global_batch_size {batch} is not a multiple of train.micro_batch_size {micro} x {world_size} "
         f"process{'es' if world_size > 1 else ''}: set {' or '.join(ways)}"

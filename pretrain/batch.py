@@ -57,7 +57,7 @@ def data_step(folder: RunFolder, step: int, steps: int) -> tuple[int, str]:
 
     Step s asks for s - 1, until a roll-back has passed over samples: the rows from there on say `data_step`.
     """
-    rows = [row for row in parse_rows(folder.metrics) if "loss" in row] if folder.metrics.exists() else []
+    rows = [row for row in parse_rows(folder.metrics) if "loss" in row]
     done = [row for row in rows if row["step"] <= step]
     last = done[-1] if done else {"step": 0, "data_step": -1}
     index = int(last.get("data_step", last["step"] - 1)) + step - last["step"]

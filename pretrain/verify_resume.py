@@ -160,19 +160,19 @@ def _overrides(config: PretrainConfig, args: argparse.Namespace, folder: Path) -
 
 def _micro_batch_size(config: PretrainConfig, world_size: int) -> int:
     """The config's, or the largest below it that divides a rank's share of the global batch."""
-    share, rest = divmod(config.train.global_batch_size, world_size)
-    if rest:
+    fitting = config.train.fitting_micro_batch_size(world_size)
+    if fitting is None:
         raise UserError(
             f"train.global_batch_size {config.train.global_batch_size} does not divide by {world_size} ranks"
         )
-    return max(size for size in range(1, config.train.micro_batch_size + 1) if share % size == 0)
+    return fitting
 
 
 def _kill(ranks: Ranks, folder: RunFolder, step: int) -> int:
     """Kill the ranks once a row of `step` is written and there is a checkpoint; returns the last row's step."""
     try:
         while ranks.running():
-            last: int = max((row["step"] for row in _rows(folder)), default=0)
+            last: int = max((row["step"] for row in parse_rows(folder.metrics)), default=0)
             if last >= step and steps_in(folder.checkpoints):
                 return last
             time.sleep(0.01)
@@ -181,13 +181,9 @@ def _kill(ranks: Ranks, folder: RunFolder, step: int) -> int:
     raise UserError("the run ended before it could be killed: give a larger --steps, or a smaller --kill-at")
 
 
-def _rows(folder: RunFolder) -> list[dict[str, Any]]:
-    return list(parse_rows(folder.metrics)) if folder.metrics.exists() else []
-
-
 def _lines(folder: RunFolder, step: int) -> list[dict[str, Any]]:
     """Rows up to a step, their timings included: no two trainings write the same ones."""
-    return [row for row in _rows(folder) if row["step"] <= step]
+    return [row for row in parse_rows(folder.metrics) if row["step"] <= step]
 
 
 def _judge_identity(console: Console, a: Result, b: Result) -> bool:

@@ -5,9 +5,14 @@ import socket
 import pytest
 
 
-@pytest.fixture
-def free_port() -> int:
+def find_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    """One such port."""
+    return find_port()

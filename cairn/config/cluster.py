@@ -22,7 +22,16 @@ RESERVED = {
 SECRET = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|PASS|PASSWD|PASSWORD|PASSPHRASE|SECRET|CREDENTIALS?)(_|$)")
 
 
-class ContainerSection(Section):
+class Plain(Section):
+    """A section whose values end up in a script: no line break or control character in any."""
+
+    @field_validator("*")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return one_line(value)
+
+
+class ContainerSection(Plain):
     """The container that a job runs in."""
 
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
@@ -31,11 +40,6 @@ class ContainerSection(Section):
     """Image: a file, or what the runtime takes for a name."""
     mounts: list[str] = []
     """Host folders to mount, each `FROM:TO`; the working directory always is."""
-
-    @field_validator("*")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        return one_line(value)
 
     @field_validator("mounts")
     @classmethod
@@ -54,7 +58,7 @@ class ContainerSection(Section):
         return self
 
 
-class ClusterProfile(Section):
+class ClusterProfile(Plain):
     """A cluster's habits; every key may be left out, and SLURM's own default then holds."""
 
     partition: str | None = Field(None, pattern=WORD)
@@ -96,11 +100,6 @@ class ClusterProfile(Section):
     """Interpreter on the nodes; empty: the one that `cairn launch` runs in, or a container's `python`."""
     sbatch: dict[str, Any] = {}
     """Further options of sbatch, without dashes; true for one that takes no value."""
-
-    @field_validator("*")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        return one_line(value)
 
     @field_validator("time")
     @classmethod

@@ -12,7 +12,7 @@ from cairn.cluster import Cluster
 from cairn.config.base import Section
 from cairn.config.help import print_help
 from cairn.config.load import load
-from cairn.errors import QuietError, TryAgain, UserError
+from cairn.errors import QuietError, UserError, exit_status
 
 T = TypeVar("T", bound=Section)
 
@@ -28,16 +28,16 @@ def run_main(fn: Callable[[], int | None]) -> NoReturn:
     """Run `fn` and exit: with its status, 2 after printing a UserError (75: a TryAgain), 130 after Ctrl-C."""
     try:
         status = fn() or 0
-    except QuietError:
+    except QuietError as error:
         # Rank 0 says it. Launchers kill all ranks once one has gone: leave it the time to.
         time.sleep(2)
-        sys.exit(2)
+        sys.exit(exit_status(error))
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL if isinstance(error, TryAgain) else 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(exit_status(error))
+    except KeyboardInterrupt as error:
+        sys.exit(exit_status(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has gone: nothing to flush to
         sys.exit(0)

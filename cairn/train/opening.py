@@ -11,7 +11,7 @@ from cairn.data.batches import Loader
 from cairn.errors import UserError
 from cairn.train.checkpoint import Checkpoint, CheckpointStore, steps_in
 from cairn.train.engine import Engine
-from cairn.train.folder import RunFolder, parse_rows
+from cairn.train.folder import RunFolder
 from cairn.train.lock import RunLock
 from cairn.train.task import Engines, Task
 
@@ -91,12 +91,6 @@ def restore(engines: Engines, checkpoint: Checkpoint) -> None:
     for name, engine in engines.items():
         engine.load(_of(name, checkpoint))
         engine.load_scalars(checkpoint.state["engines"][name])
-
-
-def was_evaluated(folder: RunFolder, step: int) -> bool:
-    """Whether metrics.jsonl has an evaluation of a step."""
-    rows = parse_rows(folder.metrics) if folder.metrics.exists() else iter(())
-    return any(row["step"] == step and any(key.startswith("valid/") for key in row) for row in rows)
 
 
 def _of(name: str, checkpoint: Checkpoint) -> Callable[[str], Tensor | None]:

@@ -181,7 +181,7 @@ def _samples(runs: Sequence[Run]) -> list[str]:
     """The newest samples of each run: rows {"step", "prompt", "text"} of samples.jsonl."""
     parts: list[str] = []
     for run in runs:
-        rows = list(parse_rows(run.folder.samples)) if run.folder.samples.exists() else []
+        rows = list(parse_rows(run.folder.samples))
         for row in rows[-3:]:
             caption = f"{run.label}, step {row.get('step', '?')}"
             text = f"<b>{escape(str(row.get('prompt', '')))}</b>{escape(str(row.get('text', '')))}"

@@ -23,7 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cairn.cluster import Cluster
 from cairn.config.train import GuardSection
-from cairn.errors import QuietError, TryAgain, UserError
+from cairn.errors import QuietError, TryAgain, UserError, exit_status
 from cairn.train.beats import Beat, Judge, Silent, Verdict, ended, hung
 from cairn.train.folder import RunFolder
 from cairn.train.stacks import SIGNAL, StackFile, main_thread, runs, show
@@ -114,7 +114,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is None:
             self.phase("end", self._mark.step)
-        self._farewell = (_code(error), str(error) if isinstance(error, UserError) else "")
+        self._farewell = (exit_status(error), str(error) if isinstance(error, UserError) else "")
         self._wake.set()
         if self._store is not None and self._cluster.is_main:
             # Others learn from the store why this rank leaves; after an error they may be too stuck to come.
@@ -278,14 +278,3 @@ class Watchdog:
         flush.start()
         flush.join(1.0)
         os._exit(code)
-
-
-def _code(error: BaseException | None) -> int:
-    """The exit code that an error will lead to."""
-    if error is None:
-        return 0
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return os.EX_TEMPFAIL if isinstance(error, TryAgain) else 2 if isinstance(error, UserError) else 1

@@ -27,7 +27,7 @@ def checks(config: PretrainConfig, world_size: int) -> list[Check]:
 
 def planned(check: Callable[[PretrainConfig, Place], Finding], config: PretrainConfig, world_size: int) -> Finding:
     """The finding of a check, where the batch divides and this machine's GPU is one that plans are made for."""
-    if config.train.global_batch_size % (config.train.micro_batch_size * world_size):
+    if config.train.fitting_micro_batch_size(world_size) != config.train.micro_batch_size:
         return ok("not estimated: the batch does not divide")
     try:
         place = place_of(config, world_size)

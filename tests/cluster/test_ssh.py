@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cairn.train.folder import RunFolder, parse_rows
+from tests.conftest import find_port
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -88,9 +89,14 @@ def launch(tmp_path: Path, ssh: list[str], port: int, hosts: str, *overrides: st
 
 @pytest.fixture
 def rdzv() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    return find_port()  # beside free_port, which is sshd's
+
+
+def await_row(process: "subprocess.Popen[str]", folder: RunFolder, deadline: float) -> None:
+    while not list(parse_rows(folder.metrics)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 BOTH = "127.0.0.1\nlocalhost\n"
@@ -99,11 +105,7 @@ BOTH = "127.0.0.1\nlocalhost\n"
 def test_two_hosts_stop_on_a_signal_and_go_on(tmp_path: Path, ssh: list[str], rdzv: int) -> None:
     process = launch(tmp_path, ssh, rdzv, BOTH, "run.name=a", "train.steps=100000", "schedule.name=constant")
     folder = RunFolder(tmp_path, "a")
-    deadline = time.monotonic() + 120
-    while not folder.metrics.exists() or not list(parse_rows(folder.metrics)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    await_row(process, folder, time.monotonic() + 120)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
@@ -130,10 +132,7 @@ def test_a_cut_connection_stops_the_run(tmp_path: Path, ssh: list[str], rdzv: in
     process = launch(tmp_path, ssh, rdzv, BOTH, "run.name=c", "train.steps=100000", "schedule.name=constant")
     folder = RunFolder(tmp_path, "c")
     deadline = time.monotonic() + 120
-    while not folder.metrics.exists() or not list(parse_rows(folder.metrics)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    await_row(process, folder, deadline)
     process.kill()
     while not list(folder.checkpoints.glob("step-*")):
         assert time.monotonic() < deadline

@@ -15,6 +15,7 @@ from cairn.config.main import run_main
 from launch import link, node, rendezvous
 from launch.job import Job
 
+ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0
 PRELUDE = "import os, sys, time, signal, pathlib; folder = pathlib.Path(folder)\n"
 
@@ -40,12 +41,9 @@ class Launcher:
         args = [PRELUDE + code, str(folder)] if args is None else args
         job = {"module": module, "args": args, "folder": str(folder), "ranks": ranks, "restarts": restarts}
         own = {"job": job, "options": options, "constants": constants or {}}
-        # what other tests, and torch within them, have left in the environment is not the user's word
-        foreign = ("SLURM_", "RANK", "WORLD", "LOCAL_", "MASTER_", "TORCH", "TRITON_", "PYTORCH_", "MALLOC_")
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.launch.launchers", json.dumps(own)],
-            env=clean | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | (env or {}),
+            env=clean() | {"PYTHONFAULTHANDLER": "1"} | (env or {}),
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.STDOUT if stdout != subprocess.PIPE else subprocess.PIPE,
@@ -79,6 +77,23 @@ def until(found: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
     return value
+
+
+def clean() -> dict[str, str]:
+    """The environment without what other tests, and torch within them, have left there: it is not the user's word."""
+    foreign = ("SLURM_", "RANK", "WORLD", "LOCAL_", "MASTER_", "TORCH", "TRITON_", "PYTORCH_", "MALLOC_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | {"OMP_NUM_THREADS": "1"}
+
+
+def train_two(folder: Path, *where: str) -> None:
+    """`cairn launch WHERE vision ...`, two steps on two processes, as the run `two` in a folder."""
+    config = [str(ROOT / "configs/vision/vit-digits.yaml"), f"run.dir={folder}", "run.name=two", "train.steps=2"]
+    config += ["train.micro_batch_size=8", "train.eval_samples=8", "track.progress=false", "model.n_layer=1"]
+    command = [sys.executable, "-m", "launch.cli", "launch", *where, "vision", *config]
+    done = subprocess.run(command, cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "parameters on 2 x CPU" in done.stdout
+    assert "finished 2 steps" in done.stdout
 
 
 def runs(pid: int) -> bool:

@@ -15,6 +15,7 @@ from launch import slurm, ssh
 from launch.cli import VERBS
 from launch.launch import count_gpus, profile_of
 from launch.options import parser, read
+from tests.launch.launchers import train_two
 
 ROOT = Path(__file__).parents[2]
 VIT = str(ROOT / "configs/vision/vit-digits.yaml")  # 64 samples, micro-batch 64
@@ -307,16 +308,4 @@ def test_help(capsys):
 
 @pytest.mark.slow
 def test_two_processes_train(tmp_path):
-    config = [VIT, f"run.dir={tmp_path}", "run.name=two", "train.steps=2", "train.micro_batch_size=8"]
-    config += ["train.eval_samples=8", "track.progress=false", "model.n_layer=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "launch", "--procs", "2", "vision", *config],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "parameters on 2 x CPU" in done.stdout
-    assert "finished 2 steps" in done.stdout
+    train_two(tmp_path, "--procs", "2")

@@ -1,7 +1,6 @@
 """Launchers held by ssh, with a stand-in that runs the command here."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -14,6 +13,7 @@ import pytest
 from cairn.errors import UserError
 from launch import ssh
 from launch.ssh import Host, read_hosts
+from tests.launch.launchers import train_two
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,26 +216,6 @@ def test_a_second_interrupt_ends_ssh_itself():
 @pytest.mark.slow
 def test_two_hosts_train_together(tmp_path, stand_in, free_port):
     (tmp_path / "hosts").write_text("127.0.0.1 procs=1\nlocalhost procs=1\n")
-    config = [str(ROOT / "configs/vision/vit-digits.yaml"), f"run.dir={tmp_path}", "run.name=two", "train.steps=2"]
-    config += ["train.micro_batch_size=8", "train.eval_samples=8", "track.progress=false", "model.n_layer=1"]
-    options = [
-        "--hosts",
-        str(tmp_path / "hosts"),
-        "--ssh",
-        shlex.quote(str(stand_in)),
-        "--rdzv",
-        f"127.0.0.1:{free_port}",
-    ]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "LOCAL_", "MASTER_", "SLURM_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "launch", *options, "vision", *config],
-        cwd=ROOT,
-        env=env | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "parameters on 2 x CPU" in done.stdout
-    assert "finished 2 steps" in done.stdout
+    where = ["--hosts", str(tmp_path / "hosts"), "--ssh", shlex.quote(str(stand_in))]
+    train_two(tmp_path, *where, "--rdzv", f"127.0.0.1:{free_port}")
     assert (tmp_path / "two/logs/rank-00001.log").exists()

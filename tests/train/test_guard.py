@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,6 @@ FIRST = {
     "gradient": "the gradient of middle.linear.weight",
     "loss": "the loss, though no module's output, then the gradient of last.weight",
 }
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """One process, and the environment as it was."""
-    before, one = dict(os.environ), Cluster()
-    with one.init():
-        yield one
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

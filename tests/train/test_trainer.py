@@ -1,11 +1,9 @@
 """The loop itself, on a task small enough to run here many times."""
 
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,16 +91,6 @@ class Plane(LossTask):
         if len(self.seen) == self.fail_at:
             raise RuntimeError("out of memory")
         return super().step(engines, batches, lr_factor)
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """One process, and the environment as it was."""
-    before, one = dict(os.environ), Cluster()
-    with one.init():
-        yield one
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def config(path: Path, every: int = 4, **more: Any) -> RunConfig:
