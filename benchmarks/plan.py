@@ -115,10 +115,11 @@ def predicted(case: Case, more: tuple[str, ...] = ()) -> tuple[float, float, str
     """Bytes of tensors; all bytes less the process's own; and the moment of the peak."""
     from cairn.config.load import load
     from cairn.config.schema import PretrainConfig
+    from cairn.plan.hardware import settled_for
     from cairn.plan.memory import Setting, count, memory
     from cairn.plan.trace import trace_activations
 
-    config = load(PretrainConfig, Path(CONFIG), [*case.overrides("runs"), *more])
+    config = settled_for("cpu", load(PretrainConfig, Path(CONFIG), [*case.overrides("runs"), *more]))
     assert config.model.vocab_size is not None
     rows, recompute = config.model.vocab_size, config.engine.activation_checkpointing
     activations = trace_activations(config, rows, case.size, recompute, "cpu")

@@ -3,9 +3,9 @@
     python -m benchmarks.train_speed [--rounds 3] [--steps 8] [--systems cairn,bare,plain-compiled,transformers]
 
 Each measurement is a process of its own; a round runs every system once, in turn, so that a machine that changes its
-speed changes it for all. A reference matrix product is timed in every process: `peak` is the best bf16 product of the
-same process and `of peak` the model's FLOP/s over it. Every side gets the same shapes, data, bf16 compute, fused AdamW
-and allocator settings.
+speed changes it for all. A reference matrix product is timed in every process: `peak` is the best product of the same
+process and `of peak` the model's FLOP/s over it. Every side gets the same shapes, data, fused AdamW and allocator
+settings, and computes in bf16, or in fp32 on a CPU that emulates bf16.
 """
 
 import argparse
@@ -51,21 +51,23 @@ def _samples() -> tuple[Any, Any]:
     from cairn.config.load import load
     from cairn.config.schema import PretrainConfig
     from cairn.data.prepare import open_prepared, prepare
+    from cairn.plan.hardware import settled_for
     from pretrain.task import LanguageModel
 
-    config = load(PretrainConfig, Path(CONFIG), [])
+    config = settled_for("cpu", load(PretrainConfig, Path(CONFIG), []))
     return config, LanguageModel(config, open_prepared(prepare(config.data, config.tokenizer)))
 
 
-def _timed(task: Any, steps: int, step: "Callable[[Batch], float]") -> dict[str, float]:
+def _timed(config: Any, task: Any, steps: int, step: "Callable[[Batch], float]") -> dict[str, float]:
     """Median seconds of `step`, which trains on a batch and returns its loss, after the warmup."""
     import torch
 
     from cairn.data.batches import Loader
+    from cairn.train.engine import DTYPES
     from cairn.train.peak import matmul_peak
 
     loader = Loader(task.samples("train"), BATCH, BATCH)
-    peak, times, loss = matmul_peak(torch.device("cpu"), torch.bfloat16), [], 0.0
+    peak, times, loss = matmul_peak(torch.device("cpu"), DTYPES[config.engine.precision]), [], 0.0
     for number in range(steps + WARMUP):
         start = time.perf_counter()
         (batch,) = loader.step(number)
@@ -75,14 +77,16 @@ def _timed(task: Any, steps: int, step: "Callable[[Batch], float]") -> dict[str,
 
 
 def run_bare(steps: int) -> dict[str, float]:
-    """The same model and optimizer in the shortest loop: bf16 weights, fp32 masters, clipping, fused AdamW."""
+    """The same model and optimizer in the shortest loop: fp32 masters of its weights, clipping, fused AdamW."""
     import torch
+
+    from cairn.train.engine import DTYPES
 
     config, task = _samples()
     torch.manual_seed(config.seed)
     model = task.models()["model"]
     masters = [p.detach().clone() for p in model.parameters()]
-    model.bfloat16().train()
+    model.to(DTYPES[config.engine.precision]).train()
     optim = config.optim
     optimizer = torch.optim.AdamW(
         masters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
@@ -100,14 +104,15 @@ def run_bare(steps: int) -> dict[str, float]:
                 p.copy_(master)
         return float(total)
 
-    return _timed(task, steps, step)
+    return _timed(config, task, steps, step)
 
 
 def run_transformers(steps: int, compiled: bool = False) -> dict[str, float]:
-    """GPT2LMHeadModel under `transformers.Trainer`, bf16 autocast, fused AdamW, sdpa attention."""
+    """GPT2LMHeadModel under `transformers.Trainer`, autocast, fused AdamW, sdpa attention."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+    from cairn.train.engine import DTYPES
     from cairn.train.peak import matmul_peak
 
     config, task = _samples()
@@ -143,13 +148,13 @@ def run_transformers(steps: int, compiled: bool = False) -> dict[str, float]:
         attn_pdrop=0.0,
         attn_implementation="sdpa",
     )
-    peak, clock = matmul_peak(torch.device("cpu"), torch.bfloat16), Clock()
+    peak, clock = matmul_peak(torch.device("cpu"), DTYPES[config.engine.precision]), Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps + WARMUP,
             per_device_train_batch_size=BATCH,
-            bf16=True,
+            bf16=config.engine.precision == "bf16",
             use_cpu=True,
             optim="adamw_torch_fused",
             learning_rate=config.optim.lr,
@@ -211,7 +216,7 @@ def run_plain(steps: int) -> dict[str, float]:
     )
 
     def step(batch: "Batch") -> float:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
             total = compiled(batch["input_ids"], batch["labels"])
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
@@ -219,7 +224,7 @@ def run_plain(steps: int) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
         return float(total)
 
-    return _timed(task, steps, step)
+    return _timed(config, task, steps, step)
 
 
 SYSTEMS = {
@@ -259,7 +264,7 @@ def _print(results: dict[str, list[dict[str, float]]]) -> None:
     tokens = BATCH * SHAPE["max_seq_len"]
     flops = tokens * flops_per_token(GPTSection(**SHAPE), SHAPE["vocab_size"], SHAPE["max_seq_len"])
     base = statistics.median(row["seconds"] for row in next(iter(results.values())))
-    print("| system | tokens/s, median (range) | s/step | of bf16 peak | GFLOP/s peak | time vs first | last loss |")
+    print("| system | tokens/s, median (range) | s/step | of peak | GFLOP/s peak | time vs first | last loss |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, rows in results.items():
         seconds = [row["seconds"] for row in rows]

@@ -24,6 +24,7 @@ from cairn.cluster import Cluster, environment
 from cairn.config.main import Parser, read_options, run_main
 from cairn.config.schema import PretrainConfig
 from cairn.errors import UserError
+from cairn.ops.precision import fast_bf16, settled
 from cairn.train.checkpoint import steps_in
 from cairn.train.folder import RunFolder, parse_rows
 from pretrain.compare import Result, first_differences, relative_differences
@@ -137,8 +138,10 @@ def verify(config: PretrainConfig, args: argparse.Namespace, folder: Path) -> bo
     a, b = Result.of(straight), Result.of(killed)
     if same:
         return _judge_identity(console, a, b)
-    # Muon orthogonalises in bf16 whatever the precision of the rest.
-    coarsest = "bf16" if config.optim.name == "muon" else config.engine.precision
+    device_type = Cluster().device.type
+    # Muon orthogonalises in bf16 where that is fast, whatever the precision of the rest.
+    bf16 = config.optim.name == "muon" and fast_bf16(device_type)
+    coarsest = "bf16" if bf16 else settled(config.engine, device_type).precision
     return _judge_tolerance(console, a, b, TOLERANCE[coarsest])
 
 

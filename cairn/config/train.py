@@ -72,8 +72,9 @@ class EngineSection(Section):
 
     zero_stage: int = Field(1, ge=0, le=3)  # a Literal would take true for 1
     """What is split over ranks: nothing, optimizer state, + gradients, + weights."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute precision; weights and moments of the optimizer are kept in fp32 always."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute precision; auto: bf16 where the machine is fast in it, else fp16 on a GPU and fp32 on a CPU. Weights and
+    moments of the optimizer are kept in fp32 always."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in host memory: nothing, optimizer state, or optimizer state and (stage 3) weights."""
     activation_checkpointing: bool = False

@@ -1,6 +1,17 @@
-"""Which low precision this machine computes in fast."""
+"""Which precision this machine computes in fast."""
 
 import torch
+
+from cairn.config.train import EngineSection
+
+
+def settled(engine: EngineSection, device_type: str) -> EngineSection:
+    """The section with what `precision: auto` stands for here: bf16 where it is fast, else fp16 on a GPU and fp32 on a
+    CPU."""
+    if engine.precision != "auto":
+        return engine
+    otherwise = "fp16" if device_type == "cuda" else "fp32"
+    return engine.model_copy(update={"precision": "bf16" if fast_bf16(device_type) else otherwise})
 
 
 def fast_bf16(device_type: str) -> bool:

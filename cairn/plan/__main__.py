@@ -36,7 +36,9 @@ def plan(argv: Sequence[str]) -> int:
     from cairn.plan.corpus import held_out, vocabulary
     from cairn.plan.memory import GIB, count
 
-    gpu = hardware.hardware(args.gpu or hardware.here(), config.engine.precision)
+    name = args.gpu or hardware.here()
+    config = hardware.settled_for(name, config)
+    gpu = hardware.hardware(name, config.engine.precision)
     per_node = (1 if gpu.device == "cpu" else 8) if args.gpus_per_node is None else args.gpus_per_node
     for option, value in (("--gpus-per-node", per_node), ("--nodes", args.nodes)):
         if value < 1:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from cairn.config.schema import PretrainConfig
 from cairn.errors import UserError
 
 GB = 1e9
@@ -59,6 +60,16 @@ GPUS = {
 FP32 = {"b200": 75e12, "h200": 67e12, "h100": 67e12, "a100-80": 19.5e12, "a100-40": 19.5e12}
 FP32 |= {"l40s": 91.6e12, "rtx4090": 82.6e12, "v100": 15.7e12}
 """FLOP/s of engine.precision=fp32 (TF32 is not used), from the same data sheets."""
+
+
+def settled_for(name: str, config: PretrainConfig) -> PretrainConfig:
+    """The config with what `engine.precision: auto` stands for on that GPU, or on this machine's CPU."""
+    from cairn.ops.precision import settled
+
+    engine = config.engine
+    if name in GPUS and engine.precision == "auto":
+        engine = engine.model_copy(update={"precision": "fp16" if name == "v100" else "bf16"})
+    return config.model_copy(update={"engine": settled(engine, "cpu")})
 
 
 def hardware(name: str, precision: str) -> Hardware:

@@ -22,6 +22,7 @@ from cairn.cluster import Cluster
 from cairn.config.train import EngineSection, OptimSection
 from cairn.errors import UserError
 from cairn.ops.deterministic import use_deterministic_kernels
+from cairn.ops.precision import settled
 from cairn.optim.build import build_optimizer
 from cairn.train.engine_config import deepspeed_config, effective_stage
 from cairn.train.engine_layout import flat_slots, replicated_slots, sharded_slots
@@ -56,6 +57,7 @@ class Engine:
         cluster: Cluster,
         name: str = "model",
     ) -> None:
+        engine = settled(engine, cluster.device.type)
         self.name, self.dtype = name, DTYPES[engine.precision]
         self.grad_norm: float | Tensor = 0.0
         """Norm of the summed gradient of the last step, before clipping."""

@@ -105,6 +105,8 @@ class RunFolder:
         free = list(MAY_DIFFER)
         if config.schedule.name == "constant" and config.train.steps > before.train.steps:
             free.append("train.steps")  # the other schedules are stretched over them
+        if before.engine.precision == "auto":
+            free.append("engine.precision")  # of an imported run, which no machine has trained yet
         note = {"train.steps": " (it may grow only where schedule.name is constant)"}
         return [
             f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}{note.get(key, '')}"

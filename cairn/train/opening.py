@@ -1,19 +1,42 @@
 """What a run begins with: its loaders, its folder, its checkpoints, and what the newest of them says."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from cairn.cluster import Cluster
+from cairn.config.load import load
 from cairn.config.schema import RunConfig
 from cairn.data.batches import Loader
 from cairn.errors import UserError
+from cairn.ops.precision import settled
 from cairn.train.checkpoint import Checkpoint, CheckpointStore, steps_in
 from cairn.train.engine import Engine
 from cairn.train.folder import RunFolder
 from cairn.train.lock import RunLock
 from cairn.train.task import Engines, Task
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def settled_config(config: C, cluster: Cluster) -> C:
+    """COLLECTIVE: the config with what `engine.precision: auto` stands for: the precision of the run that the folder
+    holds, as that one goes on in it, else what rank 0's machine is fast in.
+
+    Raises UserError for a run folder whose config.yaml cannot be read.
+    """
+    if config.engine.precision != "auto":
+        return config
+
+    def precision() -> str:
+        folder = RunFolder(config.run.dir, config.run.name)
+        engine = load(type(config), folder.config).engine if folder.config.exists() else config.engine
+        return settled(engine, cluster.device.type).precision
+
+    engine = config.engine.model_copy(update={"precision": cluster.on_main(precision)})
+    return config.model_copy(update={"engine": engine})
 
 
 def open_loader(task: Task, split: str, config: RunConfig, cluster: Cluster) -> Loader:

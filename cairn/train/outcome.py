@@ -6,6 +6,7 @@ import torch
 
 from cairn.cluster import Cluster
 from cairn.config.schema import RunConfig
+from cairn.ops.precision import fast_bf16
 from cairn.train.folder import RunFolder
 from cairn.train.select import Standing
 
@@ -68,6 +69,11 @@ def introduction(
         f"tokens): ranks x accumulation x micro-batch = {cluster.world_size} x {accumulation} x "
         f"{section.micro_batch_size}"
     )
+    if engine.precision == "bf16" and not fast_bf16(device.type):
+        lines.append(
+            "warning: bf16 is emulated here, up to a hundred times as slow as fp32: a run under another run.name with "
+            "engine.precision=auto or fp32 is not"
+        )
     if step:
         lines.append(f"going on from the checkpoint of step {step}")
     now = torch.get_num_threads()

@@ -26,7 +26,7 @@ from cairn.train.deadline import Deadline
 from cairn.train.diagnosis import first_bad, first_documents
 from cairn.train.folder import RunFolder
 from cairn.train.guard import Guard, Spike
-from cairn.train.opening import build_engines, newest_checkpoint, open_folder, open_loader, restore
+from cairn.train.opening import build_engines, newest_checkpoint, open_folder, open_loader, restore, settled_config
 from cairn.train.outcome import Outcome, introduction
 from cairn.train.peak import matmul_peak
 from cairn.train.pending import Pending
@@ -52,6 +52,7 @@ class Trainer:
     """Holds what the loop needs; see `train`."""
 
     def __init__(self, task: Task, config: RunConfig, cluster: Cluster) -> None:
+        config = settled_config(config, cluster)
         self.task, self.config, self.cluster = task, config, cluster
         # First what may be wrong with them: a run that cannot start leaves no folder, and one that cannot be judged
         # does not fail at its end.

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from cairn.cluster import Cluster
 from cairn.config.load import load
 from cairn.config.main import Parser, run_main
 from cairn.config.schema import PretrainConfig
@@ -46,8 +47,10 @@ def main() -> int:
 
 def findings(config: PretrainConfig | None, world_size: int, quick: bool) -> Iterator[tuple[str, Finding]]:
     """Of the machine, then of the config."""
+    from cairn.train.opening import settled_config
     from pretrain.doctor import machine
 
+    config = config and settled_config(config, Cluster())
     yield from examine(machine.checks(config or PretrainConfig()))
     if config is not None:
         from pretrain.doctor import estimate, run

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from cairn.cluster import Cluster
 from cairn.config.schema import PretrainConfig
 from cairn.config.train import EngineSection, OptimSection
+from cairn.ops.precision import fast_bf16, settled
 from pretrain.doctor.finding import Check, Finding, error, gib, ok, warning
 
 INSTALL = "pip install -e . -c constraints.txt in cairn's folder"
@@ -50,6 +51,7 @@ def checks(config: PretrainConfig) -> list[Check]:
         ("host name", lambda: host_name(socket.gethostname())),
         ("file system", lambda: file_system(Path(config.run.dir))),
         ("attention", lambda: attention(config)),
+        ("precision", lambda: precision(config.engine)),
         ("imports", lambda: imports(LOADED)),
         ("wandb", wandb),
         ("DeepSpeed", lambda: deepspeed(config.engine, config.optim)),
@@ -235,12 +237,22 @@ def attention(config: PretrainConfig) -> Finding:
     model, batch, length = config.model, config.train.micro_batch_size, config.seq_len
     if model.attention_backend != "auto":
         return ok(f"model.attention_backend is {model.attention_backend}")
-    q = torch.empty(1, device=device, dtype=DTYPES[config.engine.precision])
+    q = torch.empty(1, device=device, dtype=DTYPES[settled(config.engine, device.type).precision])
     q = q.expand(batch, model.n_head, length, model.head_dim)
     documents = torch.zeros(batch, length, dtype=torch.int64) if config.data.document_mask else None
     mask = Mask(model.objective == "causal", model.sliding_window, documents)
     name, reason = choose(q, q, mask, model.attention_dropout)
     return ok(f"{name} on {device.type} ({reason}); model.attention_backend pins one")
+
+
+def precision(engine: EngineSection) -> Finding:
+    """Whether this machine is fast in the compute precision."""
+    device_type = Cluster().device.type
+    name = settled(engine, device_type).precision
+    if name == "bf16" and not fast_bf16(device_type):
+        remedy = "a new run with engine.precision=auto or fp32 is not"
+        return warning("bf16, which is emulated here, up to a hundred times as slow as fp32", remedy)
+    return ok(f"{name} on {device_type}; engine.precision pins one")
 
 
 def imports(names: Sequence[str]) -> Finding:
@@ -267,7 +279,7 @@ def deepspeed(engine: EngineSection, optim: OptimSection) -> Finding:
     """A step of a small model on this machine, and that DeepSpeed compiled nothing for it."""
     from cairn.train.engine_trial import trial_step
 
-    version = metadata.version("deepspeed")
+    version, engine = metadata.version("deepspeed"), settled(engine, Cluster().device.type)
     loss, built = trial_step(engine, optim, Cluster())
     found = f"{version}, ZeRO stage {engine.zero_stage} in {engine.precision} took a step (loss {loss:.2f})"
     if built:

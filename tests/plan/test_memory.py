@@ -23,7 +23,7 @@ NOTHING = Activations((Trace(),), (2,), 2)
 
 
 def config(*more, name="bench-8x512"):
-    return load(PretrainConfig, ROOT / f"configs/pretrain/{name}.yaml", [*SMALL, *more])
+    return load(PretrainConfig, ROOT / f"configs/pretrain/{name}.yaml", ["engine.precision=bf16", *SMALL, *more])
 
 
 @pytest.mark.parametrize("name", ["bench-8x512", "gpt-tiny", "bert-tiny"])

@@ -7,9 +7,10 @@ import pytest
 from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
 from cairn.errors import UserError
+from cairn.ops.precision import fast_bf16
 from cairn.plan.__main__ import plan
 from cairn.plan.choose import Place, fastest, options, sizes
-from cairn.plan.hardware import GPUS, hardware
+from cairn.plan.hardware import GPUS, hardware, settled_for
 from cairn.plan.memory import Setting, count
 from cairn.plan.speed import speed, whole_run
 
@@ -21,7 +22,7 @@ def file(name):
 
 
 def config(name, *more):
-    return load(PretrainConfig, Path(file(name)), more)
+    return settled_for("h100", load(PretrainConfig, Path(file(name)), more))
 
 
 def test_a_plan_ends_in_overrides_that_the_config_takes(capsys):
@@ -56,6 +57,17 @@ def test_what_is_chosen_fits_and_is_no_slower_than_the_rest(config_name):
     assert 0.005 < best.speed.mfu < 0.6
 
 
+def test_auto_is_the_precision_that_the_place_is_fast_in(capsys):
+    def said(gpu, *more):
+        plan([file("gpt-tiny"), "--gpu", gpu, "--gpus-per-node", "1", *more])
+        return capsys.readouterr().out.partition("TFLOP/s in ")[2].partition(";")[0]
+
+    assert said("h100") == "bf16"
+    assert said("v100") == "fp16"
+    assert said("v100", "engine.precision=fp32") == "fp32"
+    assert said("cpu") == ("bf16" if fast_bf16("cpu") else "fp32")
+
+
 def test_nothing_fits_names_what_would(capsys):
     with pytest.raises(UserError, match=r"nothing fits: .* what would: \d+ x 1 rtx4090 with train.micro_batch_size=1"):
         plan([file("gpt-1.3b"), "--gpu", "rtx4090", "--gpus-per-node", "1", "model.n_layer=96"])
@@ -66,7 +78,7 @@ def test_nothing_fits_names_what_would(capsys):
     [
         (["--gpu", "h900"], "--gpu h900: not in the table; choose from b200"),
         (["--gpu", "h100", "--nodes", "3"], "train.global_batch_size 512 does not divide over 24 ranks: set 504"),
-        (["--gpu", "v100"], "engine.precision=bf16 is not supported on v100"),
+        (["--gpu", "v100", "engine.precision=bf16"], "engine.precision=bf16 is not supported on v100"),
         (["--gpu", "h100", "--nodes", "0"], "--nodes 0: expected at least 1"),
         (["--gpu", "h100", "--gpus-per-node", "0"], "--gpus-per-node 0: expected at least 1"),
         (["--gpu", "h100", "--price", "-2"], "--price -2: expected a positive number"),

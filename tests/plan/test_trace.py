@@ -15,7 +15,7 @@ SMALL = ["model.n_layer=4", "model.n_head=2", "model.d_model=64", "model.max_seq
 
 
 def config(name="bench-8x512", *more):
-    return load(PretrainConfig, ROOT / f"configs/pretrain/{name}.yaml", [*SMALL, *more])
+    return load(PretrainConfig, ROOT / f"configs/pretrain/{name}.yaml", ["engine.precision=bf16", *SMALL, *more])
 
 
 def really(wanted, batch, recompute):

@@ -12,9 +12,11 @@ import torch
 from cairn.cluster import job_ends
 from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
+from cairn.config.train import EngineSection
 from cairn.data.prepare import prepare, prepared_path
 from cairn.errors import UserError
 from cairn.hub import export_run
+from cairn.ops import precision
 from cairn.train import lock
 from cairn.train.folder import RunFolder
 from cairn.train.lock import RunLock
@@ -307,6 +309,16 @@ def test_deepspeed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_version_it_names_is_the_one_that_is_pinned() -> None:
     assert f"deepspeed=={machine.TESTED_DEEPSPEED}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16, auto = EngineSection(precision="bf16"), EngineSection()
+    monkeypatch.setattr(machine, "fast_bf16", lambda _: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda _: False)
+    expect(
+        look(machine.precision, bf16), "warning", r"emulated .*; a new run with engine\.precision=auto or fp32 is not"
+    )
+    expect(look(machine.precision, auto), "ok", "^fp(32 on cpu|16 on cuda); engine.precision pins one")
 
 
 def test_attention(place: Place) -> None:

@@ -48,7 +48,8 @@ def test_topology_may_change_and_is_recorded(tmp_path: Path) -> None:
 
 
 def test_precision_is_what_a_run_computes(tmp_path: Path) -> None:
-    RunFolder(tmp_path).create(CONFIG)
+    RunFolder(tmp_path).create(CONFIG)  # auto: imported, and not trained yet
+    RunFolder(tmp_path).create(changed(engine={"precision": "bf16"}))
     with pytest.raises(UserError, match=r"engine\.precision was bf16, now fp16"):
         RunFolder(tmp_path).create(changed(engine={"precision": "fp16"}))
 
