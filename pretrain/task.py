@@ -19,7 +19,7 @@ from cairn.train.task import Engines, LossTask
 
 
 class LanguageModel(LossTask):
-    """GPT with causal LM, BERT with masked LM and next-sentence prediction."""
+    """GPT with causal LM, BERT with masked LM and next-sentence prediction, T5 with span denoising."""
 
     def __init__(self, config: PretrainConfig, prepared: Prepared) -> None:
         self.config, self.prepared = config, prepared

@@ -51,11 +51,11 @@ class SentencePieceSection(Section):
 
 
 class WordPieceSection(Section):
-    """BERT's tokenizer (arXiv 1609.08144), trained on the corpus: words at spaces and punctuation, then their pieces."""
+    """BERT's tokenizer (arXiv 1609.08144), trained on the corpus: words, then their pieces."""
 
     name: Literal["wordpiece"] = "wordpiece"
     vocab_size: int = Field(8192, ge=300)
-    """Pieces, the special ones included."""
+    """Most pieces, the special ones included."""
     lowercase: bool = True
     """Whether capitals and accents are dropped; text comes back without them then."""
     sample_mb: float = Field(10.0, gt=0)
@@ -101,4 +101,14 @@ class MaskedSection(Section):
     """Share of samples cut to a random shorter length, so that all positions and lengths are seen."""
 
 
-ObjectiveSection = Annotated[CausalSection | MaskedSection, Field(discriminator="name")]
+class SpanSection(Section):
+    """Write down spans of tokens that are hidden in the source (T5, arXiv 1910.10683)."""
+
+    name: Literal["span"] = "span"
+    mask_prob: float = Field(0.15, gt=0, le=0.9)
+    """Share of tokens to hide."""
+    mean_span: float = Field(3.0, ge=1)
+    """Tokens in a span, on average."""
+
+
+ObjectiveSection = Annotated[CausalSection | MaskedSection | SpanSection, Field(discriminator="name")]

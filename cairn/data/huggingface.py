@@ -12,7 +12,7 @@ from tokenizers import BertWordPieceTokenizer
 from tokenizers import Tokenizer as Backend
 
 from cairn.config.data import WordPieceSection
-from cairn.data.tokenizer import begins_word, cut
+from cairn.data.tokenizer import begins_word, cut, find_sentinels
 from cairn.errors import UserError
 
 PART = 1 << 20  # characters encoded at once
@@ -45,6 +45,7 @@ class HuggingFaceTokenizer:
         self.mask_id = self._id("mask")
         self.cls_id = self._id("cls")
         self.sep_id = self._id("sep")
+        self.sentinel_ids = find_sentinels(backend.token_to_id)
         self.fingerprint = hashlib.sha256(json.dumps([backend.to_str(), named], sort_keys=True).encode()).hexdigest()
 
     def _id(self, kind: str) -> int | None:
@@ -92,15 +93,12 @@ class HuggingFaceTokenizer:
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=1, sort_keys=True))
 
 
-def train_wordpiece(texts: Iterable[str], section: WordPieceSection, folder: Path) -> None:
-    """Train on the texts and write `folder/tokenizer.json`. Raises UserError when they are too few for the vocabulary."""
+def train_wordpiece(texts: Iterable[str], section: WordPieceSection, folder: Path) -> int:
+    """Train on the texts and write `folder/tokenizer.json`; the number of pieces, fewer where the texts have no more."""
     tokenizer = BertWordPieceTokenizer(lowercase=section.lowercase)
     tokenizer.train_from_iterator(texts, vocab_size=section.vocab_size, show_progress=False)
-    if (found := tokenizer.get_vocab_size()) < section.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size {section.vocab_size}: the text has words for {found} pieces only; lower it to that"
-        )
     HuggingFaceTokenizer(Backend.from_str(tokenizer.to_str()), {}).save(folder)
+    return int(tokenizer.get_vocab_size())
 
 
 def load_huggingface(path: Path) -> HuggingFaceTokenizer:

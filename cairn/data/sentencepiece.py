@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cairn.config.data import SentencePieceSection
 from cairn.data.shards import temporary
-from cairn.data.tokenizer import SPECIALS, begins_word, cut
+from cairn.data.tokenizer import SPECIALS, begins_word, cut, find_sentinels
 from cairn.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's own stand-in for a space, so a real U+2581 needs care
@@ -104,6 +104,7 @@ class SentencePieceTokenizer:
         self.mask_id = self._id("<mask>", "[MASK]")
         self.cls_id = self._id("<cls>", "[CLS]")
         self.sep_id = self._id("<sep>", "[SEP]")
+        self.sentinel_ids = find_sentinels(self._id)
         self._cache: dict[str, list[int]] = {}
         probe = "  a \ufb01  e\u0301\n\t x\r\n "
         self._exact = self._spm.decode(self._spm.encode(probe)) == probe

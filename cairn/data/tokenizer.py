@@ -1,7 +1,7 @@
 """What a tokenizer is, the bytes tokenizer, and loading one from files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
     mask_id: int | None
     cls_id: int | None
     sep_id: int | None
+    sentinel_ids: tuple[int, ...]
+    """T5's <extra_id_0>, <extra_id_1>, ..., each of which stands for a hidden span; none, where there are none."""
     fingerprint: str
     """sha256 of what defines it: two tokenizers with the same fingerprint are the same."""
 
@@ -67,6 +69,7 @@ class BytesTokenizer:
     mask_id: int | None = 4
     cls_id: int | None = 5
     sep_id: int | None = 6
+    sentinel_ids: tuple[int, ...] = ()
     fingerprint = hashlib.sha256(b"cairn bytes 1").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -96,6 +99,14 @@ class BytesTokenizer:
         """Write a file that marks the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / BYTES_FILE).write_text("The 256 byte values; id = byte + 7, after the special tokens.\n")
+
+
+def find_sentinels(find: Callable[[str], int | None]) -> tuple[int, ...]:
+    """Ids of <extra_id_0>, <extra_id_1>, ..., as many as `find` knows."""
+    found: list[int] = []
+    while (number := find(f"<extra_id_{len(found)}>")) is not None:
+        found.append(number)
+    return tuple(found)
 
 
 def begins_word(text: str) -> bool:

@@ -1,7 +1,7 @@
 """What a micro-batch's forward and backward pass hold, found by running them on tensors without memory.
 
 The real model and the real objective's inputs go through autograd; every storage that an operation makes is counted
-from its birth to its death. Only two small depths are run: memory is linear in the number of equal blocks.
+from its birth to its death. Only small depths are run: memory is linear in the number of equal blocks.
 """
 
 import weakref
@@ -17,14 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cairn.config.data import MaskedSection
+from cairn.config.data import MaskedSection, SpanSection
+from cairn.config.model import Seq2SeqSection
 from cairn.config.schema import PretrainConfig
 from cairn.errors import UserError
 from cairn.models.build import build_model
+from cairn.models.transformer import Stack
+from cairn.objectives.span import lengths, window_of
 from cairn.ops import losses
 
-DEPTHS = (2, 3)
-"""Blocks of the models that are run; what the third adds is added again for every further one."""
+DEPTH = 2
+"""Blocks of the model that is run, of each of its stacks; what a third adds is added again for every further one."""
 
 
 @dataclass
@@ -36,25 +39,23 @@ class Trace:
     forward: float = 0.0
     """The most in the forward pass."""
     first: list[tuple[float, float]] = field(default_factory=list)
-    """(elements of gradients done, most bytes since the one before) in the backward pass, head and last block."""
+    """(elements of gradients done, most bytes since the one before) in the backward pass, head and last block; of each
+    stack, where there are several."""
     last: list[tuple[float, float]] = field(default_factory=list)
     """The same in the first block and the embedding."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Traces at the depths of DEPTHS, or of the model itself where it is no deeper, read off at `n_layer`."""
+    """A trace of few blocks, one more for each stack with a block more, and how many blocks each lacks in the first."""
 
     traces: tuple[Trace, ...]
-    depths: tuple[int, ...]
-    n_layer: int
+    lacking: tuple[int, ...] = ()
 
     def at(self, read: Callable[[Trace], float]) -> float:
-        """`read` of a trace at n_layer."""
-        values = [read(trace) for trace in self.traces]
-        if len(values) == 1:
-            return values[0]
-        return values[0] + (values[1] - values[0]) / (self.depths[1] - self.depths[0]) * (self.n_layer - self.depths[0])
+        """`read` of a trace of the model itself."""
+        first, *deeper = (read(trace) for trace in self.traces)
+        return first + sum((value - first) * n for value, n in zip(deeper, self.lacking, strict=True))
 
     def backward(self, grad_bytes: float) -> tuple[float, float]:
         """Most bytes at the beginning of the backward pass and at its end, where every gradient that is done stays,
@@ -69,7 +70,7 @@ class Activations:
 def trace_activations(
     config: PretrainConfig, vocab_size: int, micro_batch_size: int, recompute: bool, device: str
 ) -> Activations:
-    """Run the model of `config` at two depths, on no memory, as it would run on `device` ("cpu" or "cuda").
+    """Run the model of `config` at small depths, on no memory, as it would run on `device` ("cpu" or "cuda").
 
     Args:
         config: its model, sequence length, precision and objective.
@@ -78,16 +79,21 @@ def trace_activations(
         recompute: engine.activation_checkpointing.
         device: decides the kernels of attention, embedding and loss.
     """
-    n_layer = config.model.n_layer
-    depths = (n_layer,) if n_layer <= DEPTHS[-1] else DEPTHS
-    traces = [_trace(config, vocab_size, micro_batch_size, recompute, device, depth) for depth in depths]
-    return Activations(tuple(traces), depths, n_layer)
+    whole = {"n_layer": config.model.n_layer}
+    if isinstance(config.model, Seq2SeqSection):
+        whole["n_decoder_layer"] = config.model.decoder_layers
+    if all(n <= DEPTH + 1 for n in whole.values()):
+        return Activations((_trace(config, vocab_size, micro_batch_size, recompute, device, whole),))
+    few = {key: min(n, DEPTH) for key, n in whole.items()}
+    deeper = [few | {key: few[key] + 1} for key, n in whole.items() if n > few[key]]
+    traces = [_trace(config, vocab_size, micro_batch_size, recompute, device, depths) for depths in (few, *deeper)]
+    return Activations(tuple(traces), tuple(n - few[key] for key, n in whole.items() if n > few[key]))
 
 
 def _trace(
-    config: PretrainConfig, vocab_size: int, micro_batch_size: int, recompute: bool, device: str, depth: int
+    config: PretrainConfig, vocab_size: int, micro_batch_size: int, recompute: bool, device: str, depths: dict[str, int]
 ) -> Trace:
-    section = config.model.model_copy(update={"n_layer": depth, "sliding_window": _window(config, device)})
+    section = config.model.model_copy(update={**depths, "sliding_window": _window(config, device)})
     if device == "cuda" and section.attention_backend == "blocked":
         raise UserError("model.attention_backend blocked is made for CPUs; auto picks one that can run on this GPU")
     if section.attention_backend == "flex":
@@ -102,13 +108,16 @@ def _trace(
             with _default_dtype(dtype):  # a fake model cannot be converted
                 model = build_model(section, vocab_size).train()
             inputs = _inputs(config, micro_batch_size, document_ids=config.data.document_mask and device == "cpu")
-        if recompute:
-            model.activation_checkpointing = True  # type: ignore[assignment]
+        stacks = [module for module in model.modules() if isinstance(module, Stack)]
+        for stacked in stacks:
+            stacked.activation_checkpointing = recompute
         counter = Counter([*model.parameters(), *inputs.values()])
-        blocks = list(model.blocks)  # type: ignore[arg-type]
-        blocks[-1].register_forward_hook(lambda *_: setattr(trace, "blocks", float(counter.live)))
-        into = {id(p): trace.last for p in blocks[0].parameters()}
-        into |= {id(p): [] for block in blocks[1:-1] for p in block.parameters()}
+        stacks[-1].blocks[-1].register_forward_hook(lambda *_: setattr(trace, "blocks", float(counter.live)))
+        into: dict[int, list[tuple[float, float]]] = {}
+        for first, *rest in (stacked.blocks for stacked in stacks):
+            into |= {id(p): trace.first for block in rest[-1:] for p in block.parameters()}
+            into |= {id(p): [] for block in rest[:-1] for p in block.parameters()}
+            into |= {id(p): trace.last for p in first.parameters()}
         done, points = 0, trace.first
 
         def arrived(parameter: Tensor) -> None:
@@ -146,6 +155,9 @@ def _inputs(config: PretrainConfig, batch: int, document_ids: bool) -> dict[str,
         if objective.next_sentence:
             inputs["next_sentence_label"] = torch.zeros(batch, dtype=torch.int64)
         return inputs
+    if isinstance(objective, SpanSection):
+        source, target, _ = lengths(objective, window_of(objective, config.seq_len))
+        return {"source_ids": ids[:, :source], "input_ids": ids[:, :target], "labels": ids[:, :target]}
     return {"input_ids": ids, "labels": ids, **({"document_ids": ids} if document_ids else {})}
 
 

@@ -20,6 +20,7 @@ PARAMETERS = {
     "gpt-tiny-classic": 4_273_664,
     "gpt2-124m": 124_475_904,  # GPT-2's 124,439,808 and 47 rows of padding
     "llama-1b": 1_235_814_400,  # Llama-3.2-1B
+    "seq2seq-tiny": 6_558_208,
 }
 
 

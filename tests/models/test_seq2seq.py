@@ -15,7 +15,10 @@ SMALL = {"n_layer": 2, "n_decoder_layer": 3, "n_head": 4, "d_model": 32, "max_se
 STYLES = {
     "t5": {},
     "learned, layernorm, post, bias": {
-        **{"position": "learned", "norm": "layernorm", "norm_position": "post", "bias": True, "embed_norm": True}
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_position": "post",
+        "bias": True,
     },
     "sinusoidal, untied": {"position": "sinusoidal", "tie_embeddings": False, "activation": "gelu"},
     "rope, grouped heads": {"position": "rope", "n_kv_head": 2, "qk_norm": True, "activation": "geglu"},
@@ -40,7 +43,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def from_t5(theirs: dict[str, Tensor], ours: Seq2Seq, grads: bool) -> dict[str, Tensor]:
-    """T5's weights or gradients under our names. T5 does not divide scores by sqrt(D): its queries are ours over that."""
+    """T5's weights or gradients under our names. T5 does not divide scores by sqrt(D): ours has it in its queries."""
     root = ours.section.head_dim ** (-0.5 if grads else 0.5)
     out = {"embed.token.weight": theirs["shared.weight"]}
     if ours.head is not None:

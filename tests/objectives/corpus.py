@@ -25,6 +25,7 @@ class Words:
     mask_id: int | None = MASK
     cls_id: int | None = CLS
     sep_id: int | None = SEP
+    sentinel_ids: tuple[int, ...] = ()
     fingerprint: str = "words"
 
     def special_ids(self) -> frozenset[int]:

@@ -87,6 +87,29 @@ def test_flex_equals_reference_forward(kind: str, with_bias: bool) -> None:
     torch.testing.assert_close(got, attention(q, k, v, mask_of(kind), *bias, backend="reference"), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_queries_see_those_of_other_keys_that_are_of_their_document(padded: bool, groups: int) -> None:
+    n_key = 90
+    q, k, v = inputs(groups, grad=False)
+    k, v = k[:, :, :n_key], v[:, :, :n_key]
+    ours = torch.arange(T)[None] // torch.tensor([[40], [61]])
+    theirs = torch.arange(n_key)[None] // torch.tensor([[20], [70]])
+    n_real = [n_key, 75] if padded else [n_key, n_key]
+    expected = torch.zeros_like(q)
+    for b in range(B):
+        for i, document in enumerate(ours[b].tolist()):
+            keys = [j for j, other in enumerate(theirs[b].tolist()) if other == document and j < n_real[b]]
+            for h in range(H if keys else 0):
+                weights = (k[b, h // groups, keys] @ q[b, h, i] / D**0.5).softmax(0)
+                expected[b, h, i] = weights @ v[b, h // groups, keys]
+    real = torch.arange(n_key)[None] < torch.tensor(n_real)[:, None] if padded else None
+    mask = Mask(document_ids=ours, key_document_ids=theirs, key_padding=real)
+    for backend in ("reference", "sdpa", "flex", "blocked"):
+        got = attention(q, k, v, mask, backend=backend)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "flex", "blocked"])
 @pytest.mark.parametrize("window", [None, 20])
 def test_queries_behind_a_cache_see_as_in_the_whole(backend: str, window: int | None) -> None:

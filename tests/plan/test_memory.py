@@ -19,7 +19,7 @@ from tests.train.engine_cases import here
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
 SMALL = ["model.n_layer=2", "model.n_head=2", "model.d_model=256", "model.vocab_size=2048", "data.seq_len=16"]
-NOTHING = Activations((Trace(),), (2,), 2)
+NOTHING = Activations((Trace(),))
 
 
 def config(*more, name="bench-8x512"):

@@ -8,6 +8,7 @@ import torch
 from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
 from cairn.models.build import build_model
+from cairn.models.transformer import Stack
 from cairn.plan.trace import Activations, Counter, Trace, _inputs, trace_activations
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,8 @@ def really(wanted, batch, recompute):
     """Most bytes in the forward pass, and in the whole of it and the backward pass, on real tensors of a CPU."""
     torch.manual_seed(0)
     model = build_model(wanted.model, 512).to(torch.bfloat16).train()
-    model.activation_checkpointing = recompute
+    for stack in (module for module in model.modules() if isinstance(module, Stack)):
+        stack.activation_checkpointing = recompute
 
     def arrived(parameter):
         parameter.grad = None
@@ -45,6 +47,8 @@ CASES = {
     "window": ("gpt-tiny", ("model.sliding_window=64", "model.n_kv_head=1"), False),
     "reference": ("bench-8x512", ("model.attention_backend=reference",), False),
     "bert": ("bert-tiny", (), False),
+    "seq2seq": ("seq2seq-tiny", ("model.n_layer=3",), False),
+    "seq2seq, recomputed": ("seq2seq-tiny", ("model.n_decoder_layer=2",), True),
 }
 
 
@@ -61,14 +65,14 @@ def test_a_pass_without_memory_holds_what_a_real_one_does(case):
 
 def test_gradients_that_stay_are_added_where_they_come():
     points = Trace(first=[(0.0, 100.0), (10.0, 90.0)], last=[(50.0, 20.0)])
-    found = Activations((points,), (2,), 2)
+    found = Activations((points,))
     assert found.backward(0.0) == (100.0, 20.0)
     assert found.backward(2.0) == (110.0, 120.0)
 
 
 def test_depth_is_read_off_beyond_the_models_that_were_run():
-    found = Activations((Trace(blocks=10.0), Trace(blocks=14.0)), (2, 3), 24)
-    assert found.at(lambda trace: trace.blocks) == 10 + 22 * 4
+    found = Activations((Trace(blocks=10.0), Trace(blocks=14.0), Trace(blocks=11.0)), (22, 5))
+    assert found.at(lambda trace: trace.blocks) == 10 + 22 * 4 + 5
 
 
 def test_fused_attention_on_a_gpu_grows_with_the_length_and_blocked_on_a_cpu_with_its_square():
