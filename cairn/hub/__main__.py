@@ -8,13 +8,16 @@ from cairn.config.main import run_main
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="cairn", description="To and from Hugging Face transformers: GPT-2, Llama, BERT.")
+    p = argparse.ArgumentParser(prog="cairn", description="To and from transformers: GPT-2, Llama, BERT, T5.")
     verbs = p.add_subparsers(dest="verb", required=True)
-    out = verbs.add_parser("export", help="write a run's newest checkpoint as a folder that transformers loads")
+    out = verbs.add_parser("export", help="write a run as a folder that transformers loads")
     out.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/gpt2-124m")
     out.add_argument("folder", type=Path, metavar="DIR", help="folder to make")
+    out.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights; more than that is split (5GB)"
+    )
     back = verbs.add_parser("import", help="make a run of step 0 from a folder of transformers")
-    back.add_argument("folder", type=Path, metavar="DIR", help="folder with config.json and model.safetensors")
+    back.add_argument("folder", type=Path, metavar="DIR", help="folder with config, safetensors and tokenizer")
     back.add_argument("run", type=Path, metavar="RUN", help="run folder to make, such as runs/from-hub")
     back.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of its config: data, optim, ...")
     return p
@@ -30,7 +33,7 @@ def main() -> None:
     if args.verb == "export":
         from cairn.hub.export_run import export_run
 
-        lines = export_run(args.run, args.folder)
+        lines = export_run(args.run, args.folder, args.max_shard_size)
     else:
         from cairn.hub.import_run import import_run
 

@@ -7,6 +7,9 @@ from cairn.config.model import BERTSection
 from cairn.hub.convert import Entry, linear, qkv_rows, require, require_config
 
 ARCHITECTURE = "BertForPreTraining"
+PREFIX = "bert."
+NAME = "Bert"
+HEADS = {"sequence": "classifier", "token": "classifier"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}
 
 

@@ -20,6 +20,13 @@ class Entry:
     """Rows of each of theirs, where ours is several stacked."""
     transposed: bool = False
     """Whether theirs has inputs first (GPT-2's Conv1D)."""
+    scales: tuple[float, ...] = ()
+    """How many times each of theirs ours is (T5 leaves factors out that we have); empty: 1."""
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """One for each of theirs."""
+        return self.scales or (1.0,) * len(self.theirs)
 
 
 def to_hub(weights: Mapping[str, Tensor], table: Sequence[Entry]) -> dict[str, Tensor]:
@@ -28,8 +35,9 @@ def to_hub(weights: Mapping[str, Tensor], table: Sequence[Entry]) -> dict[str, T
     for entry in table:
         tensor = weights[entry.ours]
         parts = torch.split(tensor, list(entry.rows)) if entry.rows else (tensor,)
-        for name, part in zip(entry.theirs, parts, strict=True):
-            out[name] = (part.t() if entry.transposed else part).contiguous()
+        for name, part, factor in zip(entry.theirs, parts, entry.factors, strict=True):
+            part = part.t() if entry.transposed else part
+            out[name] = (part if factor == 1.0 else part / factor).contiguous()
     return out
 
 
@@ -42,14 +50,24 @@ def from_hub(weights: Mapping[str, Tensor], table: Sequence[Entry]) -> dict[str,
         raise UserError(f"the folder's weights hold {len(extra)} tensors that have no place here, such as {extra[0]}")
     out: dict[str, Tensor] = {}
     for entry in table:
-        parts = [weights[name].t() if entry.transposed else weights[name] for name in entry.theirs]
+        parts = []
+        for name, factor in zip(entry.theirs, entry.factors, strict=True):
+            part = weights[name].t() if entry.transposed else weights[name]
+            parts.append(part if factor == 1.0 else part * factor)
         out[entry.ours] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
     return out
 
 
-def linear(ours: str, *theirs: str, bias: bool, rows: tuple[int, ...] = (), transposed: bool = False) -> list[Entry]:
+def linear(
+    ours: str,
+    *theirs: str,
+    bias: bool,
+    rows: tuple[int, ...] = (),
+    transposed: bool = False,
+    scales: tuple[float, ...] = (),
+) -> list[Entry]:
     """Entries of a linear layer's (or a norm's) weight and bias."""
-    entries = [Entry(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), rows, transposed)]
+    entries = [Entry(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), rows, transposed, scales)]
     if bias:
         entries.append(Entry(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), rows))
     return entries

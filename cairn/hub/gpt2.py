@@ -7,6 +7,9 @@ from cairn.config.model import GPTSection
 from cairn.hub.convert import Entry, linear, require, require_config
 
 ARCHITECTURE = "GPT2LMHeadModel"
+PREFIX = "transformer."
+NAME = "GPT2"
+HEADS = {"sequence": "score", "token": "classifier"}
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
 
 

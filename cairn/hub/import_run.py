@@ -1,31 +1,29 @@
 """A folder of `transformers` as a run: what pretrain and generate go on from."""
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cairn.config.data import CausalSection, MaskedSection, TokenizerFileSection
+from cairn.config.data import CausalSection, MaskedSection, SpanSection, TokenizerFileSection
 from cairn.config.load import dump, load
-from cairn.config.model import BERTSection
 from cairn.config.schema import PretrainConfig
 from cairn.config.train import RunSection
 from cairn.data.tokenizer import load_tokenizer
 from cairn.errors import UserError
-from cairn.hub import bert, gpt2, llama
-from cairn.hub.convert import from_hub
-from cairn.hub.export_run import TOLERANCE, compare
+from cairn.hub.body import Body, load_body
+from cairn.hub.compare import TOLERANCE, compare
+from cairn.hub.export_run import family_of
 from cairn.models.build import build_model
 from cairn.optim.build import build_optimizer
 from cairn.train.checkpoint import CheckpointStore
 from cairn.train.folder import RunFolder
+from cairn.train.run import copy_weights
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "bert": bert}
+OBJECTIVES = {"causal": CausalSection, "masked": MaskedSection, "span": SpanSection}
 
 
 def import_run(folder: Path, run: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -40,38 +38,21 @@ def import_run(folder: Path, run: Path, overrides: Sequence[str] = ()) -> list[s
         RunSection(name=run.name)
     except ValidationError as error:
         raise UserError(f"{run}: a run's name is made of letters, digits and . _ - only: give another RUN") from error
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json: {error}") from error
-    kind = settings.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"{folder}/config.json: model_type {kind} is none of {', '.join(FAMILIES)}")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no .safetensors (pickled weights are not read): save it with transformers again")
+    body = load_body(folder, whole=True)
     run.mkdir(parents=True)
     try:
-        return _fill(RunFolder(run), folder, FAMILIES[kind], overrides)
+        return _fill(RunFolder(run), folder, body, overrides)
     except BaseException:
         shutil.rmtree(run)
         raise
 
 
-def _fill(run: RunFolder, folder: Path, family: ModuleType, overrides: Sequence[str]) -> list[str]:
-    import transformers
-
-    theirs, info = getattr(transformers, family.ARCHITECTURE).from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{folder} lacks {len(missing)} tensors of {family.ARCHITECTURE}, such as {missing[0]}")
-    section = family.to_section(theirs.config.to_dict())
-    load_tokenizer(folder).save(run.tokenizer)
+def _fill(run: RunFolder, folder: Path, body: Body, overrides: Sequence[str]) -> list[str]:
+    body.tokenizer.save(run.tokenizer)
     tokenizer = load_tokenizer(run.tokenizer)
     config = PretrainConfig(
-        model=section,
-        objective=MaskedSection() if isinstance(section, BERTSection) else CausalSection(),
+        model=body.section,
+        objective=OBJECTIVES[body.section.objective](),
         tokenizer=TokenizerFileSection(path=str(run.tokenizer.resolve())),
         run=RunSection(name=run.path.name, dir=str(run.path.parent)),
     )
@@ -80,8 +61,10 @@ def _fill(run: RunFolder, folder: Path, family: ModuleType, overrides: Sequence[
     run.config.write_text(dump(config), encoding="utf-8")
 
     model = build_model(config.model, tokenizer.vocab_size)
-    model.load_state_dict(from_hub(dict(theirs.named_parameters()), family.table(section)))
-    difference = compare(model, folder, family.ARCHITECTURE)
+    if left := copy_weights(dict(model.named_parameters()), body.weights.get, str(folder)):
+        raise UserError(f"{folder} has no {left[0]}, which model.* asks for: leave these keys to the folder")
+    architecture = family_of(body.section).ARCHITECTURE
+    difference = compare(model, folder, architecture, exact=False)
     if not difference <= TOLERANCE:
         raise UserError(f"our logits differ from transformers' by {difference:.1e} of the largest: nothing is imported")
     # A checkpoint that was never trained: zero moments, and no corpus yet that it must be resumed with.
@@ -95,7 +78,7 @@ def _fill(run: RunFolder, folder: Path, family: ModuleType, overrides: Sequence[
     with CheckpointStore(run.checkpoints) as store:
         store.save(0, _tensors(model, config), state)
     return [
-        f"{run.path}: {family.ARCHITECTURE} at step 0; logits differ by {difference:.1e} of the largest",
+        f"{run.path}: {architecture} at step 0; logits differ by {difference:.1e} of the largest",
         f"generate: cairn generate {run.path}; train on: cairn pretrain {run.config}",
     ]
 

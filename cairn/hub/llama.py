@@ -7,6 +7,9 @@ from cairn.config.model import GPTSection
 from cairn.hub.convert import Entry, linear, qkv_rows, require, require_config
 
 ARCHITECTURE = "LlamaForCausalLM"
+PREFIX = "model."
+NAME = "Llama"
+HEADS = {"sequence": "score", "token": "score"}
 
 
 def to_config(section: GPTSection, vocab_rows: int) -> dict[str, Any]:

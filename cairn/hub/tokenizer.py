@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece as spm
 from tokenizers import AddedToken, decoders, models, normalizers, processors
@@ -16,31 +18,59 @@ SAMPLES = (
     "",
 )
 KINDS = ("pad", "unk", "bos", "eos", "mask", "cls", "sep")
+PAD = "<|pad|>"
 
 
-def export_tokenizer(tokenizer: Tokenizer, saved: Path, folder: Path, pairs: bool) -> bool:
-    """Write the tokenizer kept in `saved` into `folder` for AutoTokenizer; `pairs` adds BERT's <cls> A <sep> B <sep>.
+@dataclass(frozen=True)
+class Template:
+    """The special tokens that a model reads around texts: BERT's <cls> A <sep> B <sep>, or A <eos> B <eos>."""
 
-    Returns whether what AutoTokenizer then loads gives the same ids on sample text; if not, nothing is written.
+    begin: Literal["cls"] | None
+    end: Literal["sep", "eos"]
+    segments: bool
+    """Whether the tokens of B are of another segment."""
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer,
+    saved: Path,
+    folder: Path,
+    template: Template | None = None,
+    pad_id: int | None = None,
+    max_len: int | None = None,
+) -> bool:
+    """Write the tokenizer kept in `saved` into `folder` for AutoTokenizer.
+
+    `pad_id`: of the token for padding, one more than the tokenizer has where it has none of its own. `max_len`: what
+    texts are cut to, where the caller of AutoTokenizer asks for that. Returns whether what AutoTokenizer then loads
+    gives the same ids on sample text; if not, nothing is written.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    segments = template is not None and template.segments
     for backend in _candidates(tokenizer, saved):
         if any(backend.encode(text, add_special_tokens=False).ids != tokenizer.encode(text) for text in SAMPLES):
             continue
         ids = {kind: getattr(tokenizer, f"{kind}_id") for kind in KINDS}
+        if pad_id is not None and pad_id != ids["pad"]:
+            ids["pad"] = pad_id
+            backend.add_special_tokens([AddedToken(PAD, special=True, normalized=False)])
+            if backend.token_to_id(PAD) != pad_id:
+                continue
         named = {kind: backend.id_to_token(i) for kind, i in ids.items() if i is not None}
-        if pairs and {"cls", "sep"} <= named.keys():
-            cls, sep = named["cls"], named["sep"]
+        if template is not None and {template.end, template.begin or template.end} <= named.keys():
+            begin = f"{named[template.begin]} " if template.begin else ""
+            end, other = named[template.end], int(template.segments)
             backend.post_processor = processors.TemplateProcessing(
-                single=f"{cls} $A {sep}",
-                pair=f"{cls} $A {sep} $B:1 {sep}:1",
-                special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])],
+                single=f"{begin}$A {end}",
+                pair=f"{begin}$A {end} $B:{other} {end}:{other}",
+                special_tokens=[(named[kind], ids[kind]) for kind in (template.begin, template.end) if kind],
             )
         PreTrainedTokenizerFast(
             tokenizer_object=backend,
             clean_up_tokenization_spaces=False,
-            model_input_names=["input_ids", *(["token_type_ids"] if pairs else []), "attention_mask"],
+            model_input_names=["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"],
+            **({} if max_len is None else {"model_max_length": max_len}),
             **{f"{kind}_token": token for kind, token in named.items()},
         ).save_pretrained(folder)
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -183,8 +183,9 @@ def export(section: ModelSection) -> Finding:
     """A small model of this architecture with random weights, written for `transformers`, loaded there and compared."""
     import transformers
 
+    from cairn.hub.compare import TOLERANCE, compare
     from cairn.hub.convert import to_hub
-    from cairn.hub.export_run import TOLERANCE, compare, counterpart, write_model
+    from cairn.hub.export_run import counterpart, write_model
 
     transformers.utils.logging.disable_progress_bar()
     small = reduced(section)

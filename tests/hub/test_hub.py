@@ -142,10 +142,9 @@ def test_what_transformers_cannot_express_is_refused_by_key(
 
 
 def test_export_removes_what_does_not_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(folder: Path, architecture: str, arguments: dict, weights: dict) -> None:  # type: ignore[type-arg]
-        write_model(
-            folder, architecture, arguments, weights | {"model.norm.weight": weights["model.norm.weight"] * 1.01}
-        )
+    def spoiled(folder: Path, architecture: str, arguments: dict, weights: dict, size: str) -> None:  # type: ignore[type-arg]
+        spoilt = weights | {"model.norm.weight": weights["model.norm.weight"] * 1.01}
+        write_model(folder, architecture, arguments, spoilt, size)
 
     monkeypatch.setattr(export_module, "write_model", spoiled)
     run = make_run(tmp_path / "run", SECTIONS["LlamaForCausalLM"])
@@ -168,7 +167,7 @@ def test_import_refuses_what_it_cannot_represent(tmp_path: Path) -> None:
     path = out / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"model_type": "mamba"}))
-    with pytest.raises(UserError, match="model_type mamba is none of gpt2, llama, bert"):
+    with pytest.raises(UserError, match="model_type mamba is none of gpt2, llama, bert, t5"):
         import_run(out, run)
     path.write_text(json.dumps(config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}))
     with pytest.raises(UserError, match="rope_type linear"):
