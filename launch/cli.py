@@ -39,8 +39,13 @@ VERBS = {
     "finetune": Verb(
         "finetune", FinetuneConfig, f"{CONFIG} [--seeds 1,2,3]", "train a model on a task of your own", "many"
     ),
+    "predict": Verb("finetune.predict", None, "RUN FILE", "write a fine-tuned model's predictions beside the inputs"),
     "generate": Verb("cairn.decode", None, "RUN --prompt TEXT [options]", "write text with a trained model"),
     "eval": Verb("cairn.evaluate", None, "RUN --tasks FILE,... [options]", "score a trained model on tasks"),
+    "attention": Verb("cairn.look.attention", None, "RUN --text TEXT [options]", "draw which token looks at which"),
+    "probe": Verb(
+        "cairn.look.probe", None, "RUN FILE --text COLUMN --label COLUMN", "tell classes apart by frozen features"
+    ),
     "report": Verb("cairn.train.report", None, "RUN ...", "one HTML page of curves, config and throughput"),
     "verify-resume": Verb(
         "pretrain.verify_resume", PretrainConfig, f"{CONFIG} [options]", "prove that kill and resume change nothing"

@@ -21,6 +21,8 @@ FLOORS = {
     "cairn.train": 4,
     "cairn.hub": 4,
     "cairn.decode": 4,
+    "cairn.look": 4,
+    "cairn.evaluate": 4,
     "cairn.plan": 4,
     "pretrain": 5,
     "finetune": 5,
