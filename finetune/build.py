@@ -5,11 +5,23 @@ from collections.abc import Iterator
 from cairn.cluster import Cluster
 from cairn.config.schema import FinetuneConfig
 from cairn.data.tokenizer import BytesTokenizer, Tokenizer
+from finetune.answer import Answer
+from finetune.choice import Choice
 from finetune.labelled import Classify, Multilabel, Regress
 from finetune.start import open_start
+from finetune.tag import Tag
 from finetune.task import Finetune
+from finetune.translate import Translate
 
-TASKS: dict[str, type[Finetune]] = {"classify": Classify, "regress": Regress, "multilabel": Multilabel}
+TASKS: dict[str, type[Finetune]] = {
+    "classify": Classify,
+    "regress": Regress,
+    "multilabel": Multilabel,
+    "tag": Tag,
+    "answer": Answer,
+    "choice": Choice,
+    "translate": Translate,
+}
 """By task.name."""
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,8 +43,10 @@ class Example:
 class Examples:
     """Examples as samples: of "train" endless and shuffled by the seed, else in their order."""
 
-    def __init__(self, examples: Sequence[Example], streams: Sequence[Stream], seed: int | None) -> None:
-        self.examples, self.streams = examples, streams
+    def __init__(
+        self, examples: Sequence[Example], collate: Callable[[Sequence[Item]], Batch], seed: int | None
+    ) -> None:
+        self.examples, self.collate = examples, collate
         self._order = Order(len(examples), seed) if seed is not None and examples else None
 
     def __len__(self) -> int:
@@ -58,10 +60,6 @@ class Examples:
         """Sample k; example_label is the number of its example."""
         number = self.number(k)
         return self.examples[number].item | {"example_label": np.array(number, dtype=np.int64)}
-
-    def collate(self, items: Sequence[Item]) -> Batch:
-        """Items side by side in rows."""
-        return pack(items, self.streams)
 
 
 class Finetune(LossTask):
@@ -99,9 +97,18 @@ class Finetune(LossTask):
         """The section with what only the training rows say, such as the labels."""
         return self.section
 
+    def labelled(self, rows: Sequence[Row]) -> bool:
+        """Whether rows that are to be predicted have labels, so that predictions can be judged."""
+        label = getattr(self.section, "label", None)
+        return label in rows[0].values
+
     def encode(self, rows: Sequence[Row], labelled: bool = True) -> list[Example]:
         """Rows as examples; a row may be several. Without labels, all of them are IGNORE."""
         raise NotImplementedError
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Items side by side in rows."""
+        return pack(items, self.streams)
 
     def forward(self, model: nn.Module | Engine, batch: Batch) -> Tensor:
         """The model's outputs."""
@@ -114,6 +121,10 @@ class Finetune(LossTask):
     def split(self, outputs: Tensor, batch: Batch) -> list[Output]:
         """What `measure` and `predict` need of each sample in the batch."""
         return list(outputs.float().cpu().numpy())
+
+    def outputs(self, model: nn.Module, batch: Batch) -> list[Output]:
+        """The same, of a batch that nothing else is asked of."""
+        return self.split(self.forward(model, batch), batch)
 
     def measure(self, examples: Sequence[Example], outputs: Sequence[Output]) -> dict[str, float]:
         """Metrics of all held-out examples."""
@@ -143,7 +154,7 @@ class Finetune(LossTask):
         for split, rows in (("train", train), ("valid", valid)):
             self.cut = []
             self.examples[split] = self.encode(rows)
-            self.notes += self._told_of_cuts(split, len(rows))
+            self.notes += self.told_of_cuts(split, len(rows))
         self.config = settled(self.config, self.section, len(self.examples["train"]), self.metric)
 
     def models(self) -> dict[str, nn.Module]:
@@ -157,7 +168,7 @@ class Finetune(LossTask):
     def samples(self, split: str) -> Samples:
         """Of "train" shuffled."""
         seed = mix(self.config.seed, 0xF17E) if split == "train" else None
-        return Examples(self.examples[split], self.streams, seed)
+        return Examples(self.examples[split], self.collate, seed)
 
     def origin(self, index: int) -> list[str]:
         """File and line of training sample `index`."""
@@ -232,12 +243,13 @@ class Finetune(LossTask):
             del longest[max(len(longest) - over, min(second, len(longest) - 1)) :]
         return out
 
-    def _told_of_cuts(self, split: str, total: int) -> list[str]:
+    def told_of_cuts(self, split: str, total: int) -> list[str]:
+        """A warning where texts were cut; empty where none was."""
         if not self.cut:
             return []
         place, size = max(self.cut, key=lambda found: found[1])
         return [
-            f"warning: {split}: {len(self.cut):,} of {total:,} rows are longer than data.max_len {self.max_len} and "
+            f"warning: {split}: {len(dict(self.cut)):,} of {total:,} rows are longer than data.max_len {self.max_len} and "
             f"are cut (longest: {place}, {size:,} tokens); data.too_long=error refuses them"
         ]
 

@@ -65,6 +65,18 @@ class HuggingFaceTokenizer:
         )
         return [[i for _ in text for i in next(encoded).ids] for text in parts]
 
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and the characters of each; accents that a piece drops may be left out."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for part in cut(text, PART):
+            found = self._backend.encode(part, add_special_tokens=False)
+            ids += found.ids
+            offsets += [(at + begin, at + end) for begin, end in found.offsets]
+            at += len(part)
+        return ids, offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, as near to the original as the tokenizer keeps it."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)

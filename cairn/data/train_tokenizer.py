@@ -29,12 +29,12 @@ def train_on_sample(corpora: Sequence[Corpus], section: SentencePieceSection | W
 
 def train_on_texts(texts: Iterable[str], section: SentencePieceSection | WordPieceSection, folder: Path) -> None:
     """Train on the texts and write what `load_tokenizer(folder)` reads. Raises UserError when they are too few."""
-    started = time.perf_counter()
+    started, size = time.perf_counter(), section.vocab_size
     if isinstance(section, SentencePieceSection):
         train_sentencepiece(texts, section, folder)
     else:
-        train_wordpiece(texts, section, folder)
-    say(f"trained a tokenizer of {section.vocab_size:,} pieces in {time.perf_counter() - started:.1f} s")
+        size = train_wordpiece(texts, section, folder)
+    say(f"trained a tokenizer of {size:,} pieces in {time.perf_counter() - started:.1f} s")
 
 
 def sample(corpus: Corpus, wanted: float) -> Iterator[str]:
