@@ -9,7 +9,7 @@ from cairn.config.schema import PretrainConfig
 from launch.cli import VERBS
 
 ROOT = Path(__file__).parents[2] / "configs"
-FILES = sorted(path for path in ROOT.glob("*/*.yaml") if path.parent.name != "cluster")  # these are no runs
+FILES = sorted(path for path in ROOT.glob("*/*.yaml") if path.parent.name not in ("cluster", "eval"))  # no runs
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

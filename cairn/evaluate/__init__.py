@@ -1,0 +1,1 @@
+"""Scores on tasks of the lm-evaluation-harness."""
