@@ -44,6 +44,10 @@ class Place:
     def bert(self) -> Path:
         return self.here / "bert.yaml"
 
+    @property
+    def seq2seq(self) -> Path:
+        return self.here / "seq2seq.yaml"
+
     def folder(self, name: str) -> RunFolder:
         return RunFolder(self.here, "runs", name)
 
@@ -58,14 +62,15 @@ class Place:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Configs of a GPT and a BERT with dropout, and their corpus, prepared: a few files of the standard library."""
+    """Configs of a GPT, a BERT and a T5 with dropout, and their corpus, prepared: files of the standard library."""
     here = tmp_path_factory.mktemp("pretrain")
     corpus = here / "corpus"
     corpus.mkdir()
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("[a-f]*.py"))[:25]:
         (corpus / path.name).write_bytes(path.read_bytes()[:8000])
-    for name, objective in (("gpt", "{name: causal}"), ("bert", "{name: masked, short_prob: 0.5}")):
+    objectives = {"gpt": "{name: causal}", "bert": "{name: masked, short_prob: 0.5}", "seq2seq": "{name: span}"}
+    for name, objective in objectives.items():
         model = f"{{name: {name}, {SIZE}, dropout: 0.1, attention_dropout: 0.1}}"
         text = CONFIG.format(here=here, model=model, objective=objective, steps=STEPS)
         (here / f"{name}.yaml").write_text(text)

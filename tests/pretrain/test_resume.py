@@ -52,6 +52,15 @@ def test_kill_and_the_same_command_again(place: Place, straight: RunFolder) -> N
     same(straight, folder)
 
 
+def test_an_encoder_decoder_that_was_killed_goes_on_to_the_bit(place: Place) -> None:
+    place.run(place.seq2seq, "spans")
+    hit = Mishap(signal.SIGKILL, 7, checkpoint=folder_of(place.folder("cut").checkpoints, 4))
+    place.run(place.seq2seq, "cut", before=hit, code=-signal.SIGKILL)
+    assert "going on from the checkpoint of step 4" in place.run(place.seq2seq, "cut").text
+    same(place.folder("spans"), place.folder("cut"))
+    assert place.folder("cut").last_evaluation().keys() == {"valid/loss"}
+
+
 def test_kill_while_a_checkpoint_is_written(place: Place, straight: RunFolder) -> None:
     folder = place.folder("half")
     for stale in (".tmp-step-00000004", ".tmp-step-00000008"):

@@ -77,6 +77,12 @@ def test_bert(place: Place, bert: RunFolder, ranks: int, micro: int, launcher: s
     agree(bert, place.folder(name))
 
 
+def test_an_encoder_decoder_whose_weights_are_shared_out(place: Place) -> None:
+    place.run(place.seq2seq, "spans-1", *EXACT)
+    place.run(place.seq2seq, "spans-2", *EXACT, "train.micro_batch_size=2", "engine.zero_stage=3", ranks=2)
+    agree(place.folder("spans-1"), place.folder("spans-2"))
+
+
 def test_bf16(place: Place) -> None:
     bf16 = (*EXACT, "engine.precision=bf16")
     place.run(place.bert, "bf16", *bf16)
