@@ -249,8 +249,8 @@ class Finetune(LossTask):
             return []
         place, size = max(self.cut, key=lambda found: found[1])
         return [
-            f"warning: {split}: {len(dict(self.cut)):,} of {total:,} rows are longer than data.max_len {self.max_len} and "
-            f"are cut (longest: {place}, {size:,} tokens); data.too_long=error refuses them"
+            f"warning: {split}: {len(dict(self.cut)):,} of {total:,} rows are longer than data.max_len {self.max_len} "
+            f"and are cut (longest: {place}, {size:,} tokens); data.too_long=error refuses them"
         ]
 
 
