@@ -108,7 +108,8 @@ class HuggingFaceTokenizer:
 def train_wordpiece(texts: Iterable[str], section: WordPieceSection, folder: Path) -> int:
     """Train on the texts and write `folder/tokenizer.json`; the number of pieces, fewer where the texts have no more."""
     tokenizer = BertWordPieceTokenizer(lowercase=section.lowercase)
-    tokenizer.train_from_iterator(texts, vocab_size=section.vocab_size, show_progress=False)
+    special = [NAMES[kind][1] for kind in ("pad", "unk", "cls", "sep", "mask")] + ["[EOS]"]
+    tokenizer.train_from_iterator(texts, vocab_size=section.vocab_size, special_tokens=special, show_progress=False)
     HuggingFaceTokenizer(Backend.from_str(tokenizer.to_str()), {}).save(folder)
     return int(tokenizer.get_vocab_size())
 
