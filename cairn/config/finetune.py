@@ -115,6 +115,9 @@ class TagSection(Section):
     """Column of their tags, a list; of CoNLL columns it is the last."""
     labels: list[str] = []
     """The tags, in the order of the outputs; empty: those of the training examples, sorted."""
+    spaces: bool | None = None
+    """Whether running text has spaces between words; empty: not where most words of the training examples are single
+    Chinese characters."""
 
     @property
     def head(self) -> Head:
@@ -130,8 +133,14 @@ class AnswerSection(Section):
     """Tokens that two windows of a long context share."""
     max_answer_len: int = Field(30, ge=1)
     """Most tokens of an answer."""
+    max_question_len: int = Field(64, ge=1)
+    """Most tokens of a question; a longer one is cut."""
+    no_answer: bool | None = None
+    """Whether a question may have no answer; empty: whether training examples have such questions."""
     no_answer_bias: float = 0.0
-    """Added to the score of no answer, where a question may have none."""
+    """Added to the logarithm of the probability of no answer, where a question may have none."""
+    n_best: int = Field(5, ge=1)
+    """Answers that a prediction lists."""
 
     @property
     def head(self) -> Head:

@@ -150,6 +150,23 @@ class SentencePieceTokenizer:
             cache.update(zip(missing, self._spm.encode(missing, num_threads=1), strict=True))
         return list(chain.from_iterable(map(cache.__getitem__, words)))
 
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and the characters of each."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for whole in cut(text, PART):
+            for part in re.split(f"({SPACE})", whole) if self._exact else [whole]:
+                if part == SPACE and self._exact:
+                    found, places = self._escaped, [(0, 1)] * len(self._escaped)
+                else:
+                    mapping = self._spm.encode(part, return_type="offset_mapping")
+                    found, places = mapping["ids"], mapping["offsets"]
+                ids += found
+                offsets += [(at + begin, at + end) for begin, end in places]
+                at += len(part)
+        return ids, offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
         text: str = self._spm.decode([int(i) for i in ids])

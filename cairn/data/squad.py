@@ -8,9 +8,10 @@ from cairn.data.tables import Row
 from cairn.errors import UserError
 
 
-def read_squad(path: str) -> Iterator[Row]:
+def read_squad(path: str, answered: bool = True) -> Iterator[Row]:
     """Questions {"id", "question", "context", "title": str, "answers": [str], "starts": [int], "is_impossible": bool},
-    in order; `starts` count characters of the context from 0.
+    in order; `starts` count characters of the context from 0. Where `answered` is false, a question may lack "answers",
+    and has neither these nor what follows then.
 
     Raises UserError naming article, paragraph and question where the file is not so, an answer is not where it is said
     to be, a question has none though it is not impossible, or an id is there twice.
@@ -27,7 +28,7 @@ def read_squad(path: str) -> Iterator[Row]:
             context = _get(paragraph, "context", str, within)
             for k, question in enumerate(_get(paragraph, "qas", list, within), 1):
                 place = f"{within}, question {k}"
-                values = {"title": title, "context": context} | _question(question, context, place)
+                values = {"title": title, "context": context} | _question(question, context, place, answered)
                 name = values["id"]
                 if name in places:
                     again = place.removeprefix(f"{path}: ")
@@ -36,10 +37,12 @@ def read_squad(path: str) -> Iterator[Row]:
                 yield Row(place, values)
 
 
-def _question(question: Any, context: str, place: str) -> dict[str, Any]:
+def _question(question: Any, context: str, place: str, answered: bool) -> dict[str, Any]:
     name = _get(question, "id", str, place)
     place = f"{place} (id {name})"
     text = _get(question, "question", str, place)
+    if not answered and "answers" not in question:
+        return {"id": name, "question": text}
     impossible = _get(question, "is_impossible", bool, place) if "is_impossible" in question else False
     answers, starts = [], []
     for answer in _get(question, "answers", list, place):

@@ -41,6 +41,13 @@ class Tokenizer(Protocol):
         """Ids of several texts, faster than one by one."""
         ...
 
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """What `encode` gives, and the characters of the text [begin, end) that each id stands for.
+
+        Ids that share a character each have it, or all but the last of them have nothing of it.
+        """
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens have none."""
         ...
@@ -80,6 +87,11 @@ class BytesTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each."""
         return [self.encode(text) for text in texts]
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Each byte with its character."""
+        offsets = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
+        return self.encode(text), offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
