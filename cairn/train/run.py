@@ -52,6 +52,12 @@ def load_model(run_dir: Path, device: torch.device) -> LoadedRun:
         raise UserError(f"{folder.checkpoints} has no checkpoint yet: train the run to its first one")
     assert config.model is not None, "a run folder's config has its model"
     tokenizer = load_tokenizer(folder.tokenizer)
+    trained_with = checkpoint.state["identity"].get("tokenizer", tokenizer.fingerprint)
+    if tokenizer.fingerprint != trained_with:
+        raise UserError(
+            f"{folder.tokenizer} is not the tokenizer that {checkpoint.path.name} was trained with "
+            f"({tokenizer.fingerprint[:12]} now, {trained_with[:12]} then): put it back"
+        )
     with torch.device("meta"):
         model = build_network(config, tokenizer.vocab_size)
     model.to_empty(device=device)

@@ -1,5 +1,6 @@
 """Fine-tuning on labelled texts: it learns, resumes to the bit, keeps its best, and names what is wrong."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from cairn.cluster import Cluster
+from cairn.data.tokenizer import BytesTokenizer
 from cairn.errors import UserError
 from cairn.train.checkpoint import folder_of, steps_in
 from cairn.train.outcome import Outcome
@@ -186,3 +188,12 @@ def test_a_label_that_training_never_saw_is_named(tmp_path: Path, one: Cluster, 
         UserError, match=r"v\.tsv: line 2: label 'meh' is not among the labels of training \(neg, pos\)"
     ):
         make_task(config_of(tmp_path, *keys), one)
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_is_named(tmp_path: Path, one: Cluster, bases: dict[str, Path]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bases["bert"], other)
+    shutil.rmtree(other / "tokenizer")
+    BytesTokenizer().save(other / "tokenizer")
+    with pytest.raises(UserError, match=r"other/tokenizer is not the tokenizer that step-00000004 was trained with"):
+        make_task(config_of(tmp_path, *data(tmp_path, 40), f"base.path={other}"), one)
