@@ -92,7 +92,7 @@ class SpanSamples:
         tokens = self.windows.read(self.spans(k)[0]).astype(np.int64)
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, k], dtype=np.uint64)))
         source, target = self._hide(tokens, rng)
-        out = {
+        out: Item = {
             "source_ids": np.full(self.n_source, self.start_id, dtype=np.int64),
             "input_ids": np.full(self.n_target, self.start_id, dtype=np.int64),
             "labels": np.full(self.n_target, IGNORE, dtype=np.int64),
