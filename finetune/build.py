@@ -7,6 +7,7 @@ from cairn.config.schema import FinetuneConfig
 from cairn.data.tokenizer import BytesTokenizer, Tokenizer
 from finetune.answer import Answer
 from finetune.choice import Choice
+from finetune.instruct import Instruct
 from finetune.labelled import Classify, Multilabel, Regress
 from finetune.start import open_start
 from finetune.tag import Tag
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Finetune]] = {
     "answer": Answer,
     "choice": Choice,
     "translate": Translate,
+    "instruct": Instruct,
 }
 """By task.name."""
 

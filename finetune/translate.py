@@ -23,6 +23,7 @@ from cairn.models.build import build_model
 from cairn.models.seq2seq import Seq2Seq
 from cairn.objectives.span import start_of
 from cairn.train.engine import Engine
+from cairn.train.run import build_network
 from cairn.train.task import Engines, LossTask, evaluating
 from finetune import metrics
 from finetune.task import Example, Finetune, Output, merge_over_ranks
@@ -117,7 +118,7 @@ class Translate(Finetune):
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         numbers = [i * len(held_out) // count for i in range(rank, count, world)]
         with evaluating(engine):
-            written = self.write(engine.module, [held_out[n].item["source_ids"] for n in numbers])
+            written = self.write(self._whole(engine), [held_out[n].item["source_ids"] for n in numbers])
         found = merge_over_ranks(dict(zip(numbers, written, strict=True)))
         return losses | self.measure([held_out[n] for n in sorted(found)], [found[n] for n in sorted(found)])
 
@@ -166,6 +167,18 @@ class Translate(Finetune):
         items = [example.item for example in self.examples["train"]]
         n_source, n_target = (sum(len(item[key]) for item in items) for key in ("source_ids", "labels"))
         return model.flops(round(n_source / len(items)), round(n_target / len(items)))
+
+    def _whole(self, engine: Engine) -> nn.Module:
+        """COLLECTIVE: the network, or a copy where ranks, which take different numbers of steps, cannot share it."""
+        if not engine.partitioned:
+            return engine.module
+        with torch.device("meta"):
+            model = build_network(self.config, self.tokenizer.vocab_size)
+        model.to_empty(device=engine.device).to(engine.dtype)
+        wanted = dict(model.named_parameters())
+        for name, weight in engine.weights():
+            wanted[name].data.copy_(weight)
+        return model
 
     def _source(self, row: Row) -> str:
         return text_of(row, self.section.source, "task.source")

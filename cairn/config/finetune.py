@@ -176,7 +176,9 @@ class InstructSection(Section):
     messages: str | None = None
     """Column of whole conversations, a list of {role, content}, in place of prompt and response."""
     system: str = ""
-    """What every conversation begins with, as the system's message."""
+    """What every conversation that has no system message begins with as one."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Most tokens of an answer that `cairn predict` writes."""
 
     @property
     def head(self) -> None:

@@ -12,7 +12,7 @@ from tokenizers import BertWordPieceTokenizer
 from tokenizers import Tokenizer as Backend
 
 from cairn.config.data import WordPieceSection
-from cairn.data.tokenizer import begins_word, cut, find_sentinels
+from cairn.data.tokenizer import begins_word, cut, find_sentinels, save_template
 from cairn.errors import UserError
 
 PART = 1 << 20  # characters encoded at once
@@ -37,6 +37,7 @@ class HuggingFaceTokenizer:
         backend.no_padding()
         backend.encode_special_tokens = True  # "</s>" in a document is text, not the end of it
         self._named = named
+        self.chat_template: str | None = None
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.pad_id = self._id("pad")
         self.unk_id = self._id("unk")
@@ -97,12 +98,17 @@ class HuggingFaceTokenizer:
         added = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         return frozenset(i for i in named if i is not None) | added
 
+    def special_tokens(self) -> dict[str, int]:
+        """All added tokens marked special."""
+        return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and the names of the special tokens."""
         folder.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(folder / "tokenizer.json"))
         names = {f"{kind}_token": token for kind, token in self._named.items()}
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=1, sort_keys=True))
+        save_template(self.chat_template, folder)
 
 
 def train_wordpiece(texts: Iterable[str], section: WordPieceSection, folder: Path) -> int:

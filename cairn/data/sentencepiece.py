@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cairn.config.data import SentencePieceSection
 from cairn.data.shards import temporary
-from cairn.data.tokenizer import SPECIALS, begins_word, cut, find_sentinels
+from cairn.data.tokenizer import SPECIALS, begins_word, cut, find_sentinels, save_template
 from cairn.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's own stand-in for a space, so a real U+2581 needs care
@@ -105,6 +105,7 @@ class SentencePieceTokenizer:
         self.cls_id = self._id("<cls>", "[CLS]")
         self.sep_id = self._id("<sep>", "[SEP]")
         self.sentinel_ids = find_sentinels(self._id)
+        self.chat_template: str | None = None
         self._cache: dict[str, list[int]] = {}
         probe = "  a \ufb01  e\u0301\n\t x\r\n "
         self._exact = self._spm.decode(self._spm.encode(probe)) == probe
@@ -189,9 +190,14 @@ class SentencePieceTokenizer:
         is_special = (self._spm.is_control, self._spm.is_unknown, self._spm.is_unused)
         return frozenset(i for i in range(self.vocab_size) if any(test(i) for test in is_special))
 
+    def special_tokens(self) -> dict[str, int]:
+        """Control symbols."""
+        return {self._spm.id_to_piece(i): i for i in range(self.vocab_size) if self._spm.is_control(i)}
+
     def save(self, folder: Path) -> None:
         """Write `folder/tokenizer.model`."""
         folder.mkdir(parents=True, exist_ok=True)
         partial = temporary(folder / "tokenizer.model")
         partial.write_bytes(self._model)
         os.replace(partial, folder / "tokenizer.model")
+        save_template(self.chat_template, folder)

@@ -1,6 +1,7 @@
 """What a tokenizer is, the bytes tokenizer, and loading one from files."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,6 +15,7 @@ SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<cls>", "<sep>")
 """Special tokens of the tokenizers made here, with ids 0 to 6."""
 
 BYTES_FILE = "bytes.txt"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 @runtime_checkable
@@ -32,6 +34,8 @@ class Tokenizer(Protocol):
     """T5's <extra_id_0>, <extra_id_1>, ..., each of which stands for a hidden span; none, where there are none."""
     fingerprint: str
     """sha256 of what defines it: two tokenizers with the same fingerprint are the same."""
+    chat_template: str | None
+    """How conversations are written, in Jinja, as `transformers` keeps it; most have none."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens; text that looks like a special token is plain text."""
@@ -60,6 +64,10 @@ class Tokenizer(Protocol):
         """Ids that stand for no text."""
         ...
 
+    def special_tokens(self) -> dict[str, int]:
+        """Those of them that have a name, as chat templates write it."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer(folder)` reads."""
         ...
@@ -78,6 +86,7 @@ class BytesTokenizer:
     sep_id: int | None = 6
     sentinel_ids: tuple[int, ...] = ()
     fingerprint = hashlib.sha256(b"cairn bytes 1").hexdigest()
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         """Byte values of the UTF-8 text, shifted past the special tokens."""
@@ -107,10 +116,15 @@ class BytesTokenizer:
         """0 to 6."""
         return frozenset(range(len(SPECIALS)))
 
+    def special_tokens(self) -> dict[str, int]:
+        """All seven."""
+        return {name: i for i, name in enumerate(SPECIALS)}
+
     def save(self, folder: Path) -> None:
         """Write a file that marks the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / BYTES_FILE).write_text("The 256 byte values; id = byte + 7, after the special tokens.\n")
+        save_template(self.chat_template, folder)
 
 
 def find_sentinels(find: Callable[[str], int | None]) -> tuple[int, ...]:
@@ -147,6 +161,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises UserError when there is none, or when it is damaged.
     """
+    tokenizer = _load(path)
+    if path.is_dir():
+        tokenizer.chat_template = read_template(path)
+    return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
     from cairn.data.huggingface import load_huggingface
     from cairn.data.sentencepiece import SentencePieceTokenizer
 
@@ -161,3 +182,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     return load_huggingface(path)
+
+
+def save_template(template: str | None, folder: Path) -> None:
+    """Write a chat template where `transformers` has it, if there is one."""
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template of a folder; of several, the one named "default". Raises UserError for JSON that is none."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if isinstance(found, list):
+        found = next((one["template"] for one in found if one["name"] == "default"), None)
+    return found if isinstance(found, str) else None

@@ -180,6 +180,18 @@ class Engine:
         """COLLECTIVE: every named tensor, whole, on the CPU, at the one rank that owns it; see NamedState.tensors."""
         return self._state.tensors()
 
+    @property
+    def partitioned(self) -> bool:
+        """Whether the module's weights are whole only while it is called, by all ranks at once (stage 3)."""
+        return self._stage == 3
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """COLLECTIVE, every rank to the end: each weight by name, whole until the next is asked for."""
+        gathered = _import_deepspeed().zero.GatheredParameters if self.partitioned else contextlib.nullcontext
+        for name, parameter in self.module.named_parameters():
+            with gathered(parameter):
+                yield name, parameter.detach()
+
     def load(self, read: Callable[[str], Tensor | None]) -> None:
         """COLLECTIVE: set weights, moments and buffers to what `read` gives for each name of `tensors`, to the bit.
 
