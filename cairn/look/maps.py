@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cairn.decode.generate import allowed_tokens
-from cairn.decode.translate import encode_source, target_start, translate
+from cairn.decode.translate import encode_source, translate
 from cairn.errors import UserError
 from cairn.look.text import body_of, end_of_text, pieces, tokenize
 from cairn.models.seq2seq import Seq2Seq
+from cairn.objectives.span import start_of
 from cairn.train.run import LoadedRun
 
 
@@ -55,7 +56,7 @@ def attention_maps(run: LoadedRun, text: str, pair: str | None = None, target: s
 
 def _across(run: LoadedRun, model: Seq2Seq, text: str, target: str | None) -> Maps:
     tokenizer, limit = run.tokenizer, model.section.max_seq_len
-    source, start, end = encode_source(tokenizer, text), target_start(tokenizer), end_of_text(tokenizer)
+    source, start, end = encode_source(tokenizer, text), start_of(tokenizer), end_of_text(tokenizer)
     _check_length("--text", source, limit)
     weight = model.embed.token.weight
     if target is None:

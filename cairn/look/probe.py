@@ -99,6 +99,7 @@ def main() -> None:
         f"{args.run.resolve().name}, step {run.step:,}: {pool} of {layers_in_words(layers)}\n"
         f"{args.file}: {len(examples.texts):,} rows of {len(classes)} classes, {how}",
         markup=False,
+        soft_wrap=True,
     )
     judged, left_out = judge(run, examples + test if test else examples, labels, splits, layers, pool)
     if left_out:
@@ -112,7 +113,7 @@ def main() -> None:
         out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; make the run folder writable") from error
-    console.print(f"numbers: {out}", markup=False)
+    console.print(f"numbers: {out}", markup=False, soft_wrap=True)
 
 
 def chosen(layer: str | int, n_layer: int) -> list[int]:

@@ -25,5 +25,5 @@ def make_run(path: Path, section: BERTSection | GPTSection) -> Path:
     torch.manual_seed(0)
     model = build_model(section, BytesTokenizer.vocab_size)
     tensors = ((f"model/weight/{name}", p.detach()) for name, p in model.named_parameters())
-    CheckpointStore(folder.checkpoints).save(7, tensors, {})
+    CheckpointStore(folder.checkpoints).save(7, tensors, {"identity": {"tokenizer": BytesTokenizer.fingerprint}})
     return path

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from cairn.config.model import Seq2SeqSection
 from cairn.data.tokenizer import BytesTokenizer
-from cairn.decode.translate import target_start
 from cairn.errors import UserError
 from cairn.hub.export_run import export_run
 from cairn.look.attention import chosen, main
@@ -20,6 +19,7 @@ from cairn.look.maps import Maps, attention_maps
 from cairn.look.text import tokenize
 from cairn.models.bert import BERT as BERTModel
 from cairn.models.build import build_model
+from cairn.objectives.span import start_of
 from cairn.train.run import load_model
 from tests.look.runs import BERT, GPT, SMALL, make_run
 
@@ -70,7 +70,7 @@ def test_an_encoder_decoder_shows_what_each_written_token_took_from_the_source()
     # Its first row belongs to the token that stands before all targets.
     record: list[torch.Tensor] = []
     memory = model.encode(torch.tensor([[*tokenizer.encode("source"), 3]]))
-    model.decode(torch.tensor([[target_start(tokenizer)]]), memory, cross_record=record)
+    model.decode(torch.tensor([[start_of(tokenizer)]]), memory, cross_record=record)
     np.testing.assert_allclose(maps.values[:, :, :1], torch.cat(record).detach().numpy(), rtol=0, atol=1e-5)
     panels, columns = chosen(maps, None, None)
     titles = [panel and panel.title for panel in panels]
@@ -114,7 +114,7 @@ def test_the_picture_has_every_map_and_the_labels_at_its_edges() -> None:
 
 def test_labels_of_a_long_text_never_lie_upon_each_other() -> None:
     n = 400
-    maps = Maps(np.full((3, 3, n, n), 1 / n, np.float32), ["word"] * n, ["word"] * n)
+    maps = Maps(np.full((1, 2, n, n), 1 / n, np.float32), ["word"] * n, ["word"] * n)
     panels, columns = chosen(maps, None, None)
     figure = draw(panels, columns, maps, "run")
     axes = figure.axes[0]

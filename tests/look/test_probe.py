@@ -92,10 +92,10 @@ def clouds(distance: float) -> tuple[np.ndarray, np.ndarray]:
 
 def test_judges_tell_apart_what_is_apart_and_nothing_else() -> None:
     rows, labels = clouds(12.0)
-    found = judge_features(rows, labels, folds(labels, 5))
+    found = judge_features(rows, labels, folds(labels, 3))
     assert {key: score.mean for key, score in found.items()} == dict.fromkeys(found, pytest.approx(1.0))
     assert set(found) == {"linear", "neighbours", "clusters", "rand", "information"}
-    found = judge_features(clouds(0.0)[0], labels, folds(labels, 5))
+    found = judge_features(clouds(0.0)[0], labels, folds(labels, 3))
     assert all(abs(found[key].mean - 1 / 3) < 0.15 for key in ("linear", "neighbours", "clusters"))
     assert all(abs(found[key].mean) < 0.1 for key in ("rand", "information"))
     assert found["linear"].deviation > 0  # type: ignore[operator]
