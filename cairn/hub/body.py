@@ -77,6 +77,7 @@ def read_settings(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
 
 def read_section(folder: Path, family: ModuleType) -> ModelSection:
     """Our section of a config.json. Raises UserError naming what has no counterpart."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:  # pydantic's ValidationError is a ValueError too
@@ -84,7 +85,7 @@ def read_section(folder: Path, family: ModuleType) -> ModelSection:
         section: ModelSection = family.to_section(config)
     except UserError as error:
         raise UserError(f"{folder}/{error}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
     return section
 

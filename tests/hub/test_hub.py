@@ -56,7 +56,7 @@ def make_run(path: Path, section: GPTSection | BERTSection, tokenizer: Path | No
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     tensors = ((f"model/weight/{name}", p.detach()) for name, p in model.named_parameters())
-    CheckpointStore(folder.checkpoints).save(7, tensors, {})
+    CheckpointStore(folder.checkpoints).save(7, tensors, {"identity": {"tokenizer": source.fingerprint}})
     return path
 
 
