@@ -18,9 +18,9 @@ class Frame:
 
     def __init__(self, tokenizer: Tokenizer, section: ModelSection) -> None:
         first = tokenizer.cls_id if section.name == "bert" else None
-        end = tokenizer.sep_id if section.name == "bert" else tokenizer.eos_id
+        end = tokenizer.sep_id if section.name == "bert" or tokenizer.eos_id is None else tokenizer.eos_id
         if end is None or (section.name == "bert" and first is None):
-            needed = "[CLS] and [SEP]" if section.name == "bert" else "an end-of-text token"
+            needed = "[CLS] and [SEP]" if section.name == "bert" else "end-of-text token"
             raise UserError(
                 f"the tokenizer has no {needed}, which texts are framed with: choose another base or tokenizer"
             )

@@ -78,7 +78,9 @@ def _lay(items: Sequence[Item], rows: list[list[int]], sizes: list[int], width: 
             out["document_ids"][r, at:stop] = document
             out["positions"][r, at:stop] = np.arange(stop - at)
             first[number], at = r * width + at, stop
-    arrays = {key: out[key] for key in stream.fill}
-    arrays |= {f"{stream.prefix}{key}": out[key] for key in added}
-    arrays |= {f"{stream.prefix}first": first, f"{stream.prefix}last": first + np.array(sizes) - 1}
-    return {key: torch.from_numpy(value) for key, value in arrays.items()}
+    last = first + np.array(sizes) - 1
+    named = {key if key in stream.fill else f"{stream.prefix}{key}": torch.from_numpy(out[key]) for key in out}
+    return named | {
+        f"{stream.prefix}first": torch.from_numpy(first),
+        f"{stream.prefix}last": torch.from_numpy(last),
+    }

@@ -21,7 +21,7 @@ def attention_map(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None) -> Tens
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k = k.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
+    scores: Tensor = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
     if bias is not None:
         scores = scores + bias
     seen = mask.dense(slice(0, q.shape[2]), slice(0, k.shape[2]), q.device)

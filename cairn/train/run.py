@@ -37,7 +37,9 @@ def open_config(folder: RunFolder) -> PretrainConfig | FinetuneConfig:
     """The config of a language model's run. Raises UserError where there is none."""
     if not folder.config.exists():
         raise UserError(f"{folder.path} has no config.yaml: give a run folder such as runs/gpt-tiny")
-    return load(FinetuneConfig if has_section(folder.config, "task") else PretrainConfig, folder.config)
+    if has_section(folder.config, "task"):
+        return load(FinetuneConfig, folder.config)
+    return load(PretrainConfig, folder.config)
 
 
 def load_model(run_dir: Path, device: torch.device) -> LoadedRun:
