@@ -27,9 +27,9 @@ class Stream:
 def pack(items: Sequence[Item], streams: Sequence[Stream]) -> Batch:
     """Items as rows (R, C) that each hold whole texts, the longest first into the first row with room.
 
-    Of each stream: its arrays as (R, C); PREFIXdocument_ids (R, C), the text a token is of, numbered within the row, -1 for
-    none; PREFIXpositions (R, C), its place in the text; PREFIXfirst and PREFIXlast (B,), where in the flattened rows
-    the tokens of item b begin and end. An item is in the same row of every stream. What is in no stream is stacked.
+    Of each stream: its arrays as (R, C); PREFIXdocument_ids (R, C), the text a token is of, numbered within the row, or
+    -1; PREFIXpositions (R, C), its place in the text; PREFIXfirst and PREFIXlast (B,), where in the flattened rows the
+    tokens of item b begin and end. An item is in the same row of every stream. What is in no stream is stacked.
     """
     sizes = [[len(item[next(iter(stream.fill))]) for stream in streams] for item in items]
     widths = [-(-max(ROW, *(size[i] for size in sizes)) // MULTIPLE) * MULTIPLE for i in range(len(streams))]

@@ -31,7 +31,7 @@ def adamw_groups(
 
 
 def layers(named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, int]:
-    """How high in the model each parameter lies: embeddings 0, block i at i + 1, what is after the blocks above them."""
+    """How high in the model each parameter lies: embeddings 0, block i at i + 1, what follows the blocks above them."""
     blocks = {name: int(found[1]) + 1 for name, _ in named if (found := re.search(r"\bblocks\.(\d+)\.", name))}
     top = max(blocks.values(), default=0) + 1
     below = ("embed.", "relative.")

@@ -22,9 +22,7 @@ def build_optimizer(
     """
     named = [(name, param) for name, param in named_params if param.requires_grad]
     if isinstance(section, AdamWSection):
-        groups = adamw_groups(
-            named, section.lr, section.betas, section.eps, section.weight_decay, section.layer_decay
-        )
+        groups = adamw_groups(named, section.lr, section.betas, section.eps, section.weight_decay, section.layer_decay)
         return torch.optim.AdamW(groups, fused=True)
     hidden = hidden_matrices(model)
     muon: dict[str, Any] = {
