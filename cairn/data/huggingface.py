@@ -112,7 +112,7 @@ class HuggingFaceTokenizer:
 
 
 def train_wordpiece(texts: Iterable[str], section: WordPieceSection, folder: Path) -> int:
-    """Train on the texts and write `folder/tokenizer.json`; the number of pieces, fewer where the texts have no more."""
+    """Train on the texts and write `folder/tokenizer.json`; how many pieces there are, at most those asked for."""
     tokenizer = BertWordPieceTokenizer(lowercase=section.lowercase)
     special = [NAMES[kind][1] for kind in ("pad", "unk", "cls", "sep", "mask")] + ["[EOS]"]
     tokenizer.train_from_iterator(texts, vocab_size=section.vocab_size, special_tokens=special, show_progress=False)
