@@ -98,8 +98,8 @@ def one(argv: list[str]) -> None:
     from cairn.config.main import read_args
     from cairn.config.schema import PretrainConfig
     from cairn.data.prepare import open_prepared, prepare
+    from cairn.train.language_model import LanguageModel
     from cairn.train.trainer import Trainer
-    from pretrain.task import LanguageModel
 
     config, cluster = read_args(PretrainConfig, argv), Cluster.from_env()
     with cluster.init():

@@ -76,10 +76,10 @@ def work_restart(argv: list[str]) -> None:
         print(json.dumps(parts), flush=True)
         os._exit(0)
 
-    import pretrain.task
     from cairn.cluster import Cluster
     from cairn.train.checkpoint import CheckpointStore
     from cairn.train.engine import Engine
+    from cairn.train.language_model import LanguageModel
     from cairn.train.track import Tracker
 
     parts["Python, torch, DeepSpeed imported"] = time.time() - began
@@ -87,7 +87,7 @@ def work_restart(argv: list[str]) -> None:
     during("model and engine", Engine, "__init__")
     during("checkpoint checked and opened", CheckpointStore, "latest")
     during("weights and moments put back", Engine, "load")
-    during("first step", pretrain.task.LanguageModel, "step")
+    during("first step", LanguageModel, "step")
     Tracker.rows = first_row  # type: ignore[method-assign,assignment]
     pretrain_main(argv)
 

@@ -52,7 +52,7 @@ def _samples() -> tuple[Any, Any]:
     from cairn.config.schema import PretrainConfig
     from cairn.data.prepare import open_prepared, prepare
     from cairn.plan.hardware import settled_for
-    from pretrain.task import LanguageModel
+    from cairn.train.language_model import LanguageModel
 
     config = settled_for("cpu", load(PretrainConfig, Path(CONFIG), []))
     return config, LanguageModel(config, open_prepared(prepare(config.data, config.tokenizer)))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from cairn.cluster import Cluster
 from cairn.config.schema import FinetuneConfig
 from cairn.data.tokenizer import BytesTokenizer, Tokenizer
+from cairn.errors import UserError
 from finetune.answer import Answer
 from finetune.choice import Choice
 from finetune.instruct import Instruct
@@ -45,5 +46,10 @@ def make_task(config: FinetuneConfig, cluster: Cluster) -> Finetune:
 
 
 def build_task(config: FinetuneConfig, tokenizer: Tokenizer) -> Finetune:
-    """The task alone, without examples: as for predicting. Raises UserError for a tokenizer that lacks a token."""
+    """The task alone, without examples: as for predicting. Raises UserError for a tokenizer that lacks a token, and
+    for a task that has no examples."""
+    if config.task.name not in TASKS:
+        raise UserError(
+            f"task.name {config.task.name} predicts nothing of a row: cairn generate or cairn eval use its runs"
+        )
     return TASKS[config.task.name](config, tokenizer)

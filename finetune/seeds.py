@@ -8,6 +8,7 @@ from cairn.errors import UserError
 from cairn.train.outcome import Outcome
 from cairn.train.trainer import Trainer
 from finetune.build import make_task
+from finetune.text import open_text
 
 
 def read_seeds(text: str | None, default: int) -> list[int]:
@@ -24,10 +25,10 @@ def train_seed(config: FinetuneConfig, seed: int, cluster: Cluster, several: boo
     """COLLECTIVE: train with a seed; one of several has a run folder of its own."""
     name = f"{config.run.name}-s{seed}" if several else config.run.name
     config = config.model_copy(update={"seed": seed, "run": config.run.model_copy(update={"name": name})})
-    task = make_task(config, cluster)
+    task = open_text(config, cluster) if config.task.name == "text" else make_task(config, cluster)
     if cluster.is_main:
-        sizes = {split: len(examples) for split, examples in task.examples.items()}
-        print(f"{task.start.origin}: {sizes['train']:,} examples to train on, {sizes['valid']:,} held out", flush=True)
+        count = f"{task.sizes['train']:,} {task.unit} to train on, {task.sizes['valid']:,} held out"
+        print(f"{task.start.origin}: {count}", flush=True)
         for note in task.notes:
             print(note, flush=True)
     trainer = Trainer(task, task.config, cluster)

@@ -67,6 +67,7 @@ class Finetune(LossTask):
 
     metric: ClassVar[str]
     """What the best checkpoint is chosen by, where select.metric is empty."""
+    unit: ClassVar[str] = "examples"
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         """`config` has its model. Raises UserError when the tokenizer lacks a token that the task needs."""
@@ -156,6 +157,11 @@ class Finetune(LossTask):
             self.examples[split] = self.encode(rows)
             self.notes += self.told_of_cuts(split, len(rows))
         self.config = settled(self.config, self.section, len(self.examples["train"]), self.metric)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Examples by split."""
+        return {split: len(examples) for split, examples in self.examples.items()}
 
     def models(self) -> dict[str, nn.Module]:
         """The network, with the weights of the base."""

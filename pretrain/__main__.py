@@ -16,8 +16,8 @@ def main() -> None:
     leave_at_signal(cluster)
 
     from cairn.data.prepare import open_prepared, prepare
+    from cairn.train.language_model import LanguageModel
     from cairn.train.trainer import Trainer
-    from pretrain.task import LanguageModel
 
     with cluster.init():
         folder = cluster.on_main(lambda: prepare(config.data, config.tokenizer))

@@ -74,7 +74,7 @@ def describe(
 ) -> Iterator[str]:
     """Lines on the samples of a step; `index`: what the loader was asked for. Raises UserError without the corpus."""
     from cairn.data.prepare import open_prepared
-    from pretrain.task import LanguageModel
+    from cairn.train.language_model import LanguageModel
 
     prepared = open_prepared(corpus_of(folder, config))
     task = LanguageModel(config, prepared)

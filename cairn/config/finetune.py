@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cairn.config.base import Section
+from cairn.config.data import ObjectiveSection
 from cairn.config.table import TableFormat
 from cairn.config.train import AdamWSection, Betas, MuonSection, ScheduleSection, TrainSection
 
@@ -196,6 +197,8 @@ class TextSection(Section):
     """Tokens in a training sequence; empty: model.max_seq_len."""
     document_mask: bool = False
     """Whether tokens packed into one sequence see only their own document."""
+    objective: ObjectiveSection | None = None
+    """What is predicted; empty: as the model's kind does by default, but BERT no next sentences."""
 
     @property
     def head(self) -> None:

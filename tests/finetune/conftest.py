@@ -11,10 +11,10 @@ from cairn.cluster import Cluster
 from cairn.config.load import load
 from cairn.config.schema import FinetuneConfig, PretrainConfig
 from cairn.data.prepare import open_prepared, prepare
+from cairn.train.language_model import LanguageModel
 from cairn.train.outcome import Outcome
 from cairn.train.trainer import Trainer
 from finetune.seeds import train_seed
-from pretrain.task import LanguageModel
 
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
 OTHER = ["the", "film", "was", "a", "story", "of", "men", "and", "sea"]

@@ -155,7 +155,7 @@ def test_the_plain_template_and_what_only_looks_like_a_token() -> None:
 def test_it_learns_to_answer_and_generate_answers(
     tmp_path: Path, finetune: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = finetune(*data(tmp_path), "train.steps=150", "train.evals=1", "task.system=Say it twice.")
+    outcome = finetune(*data(tmp_path), "train.steps=120", "train.evals=1", "task.system=Say it twice.")
     assert outcome.metrics["valid/accuracy"] > 0.9
     run = load_model(outcome.folder.path, torch.device("cpu"))
     task = build_task(run.config, run.tokenizer)
@@ -171,7 +171,7 @@ def test_it_learns_to_answer_and_generate_answers(
     prompt = rows[0].values["prompt"]
     capsys.readouterr()
     for more in ([], ["--beams", "1"]):
-        command = ["generate", str(outcome.folder.path), "--chat", "--prompt", prompt, "--max-new-tokens", "12", *more]
+        command = ["generate", str(outcome.folder.path), "--chat", "--prompt", prompt, "--max-new-tokens", "8", *more]
         monkeypatch.setattr("sys.argv", [*command, *([] if more else ["--greedy"])])
         main()
         assert capsys.readouterr().out == f"{found[0]}\n"

@@ -23,7 +23,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "tests.pretrain.runs",
-        "pretrain.task",
+        "cairn.train.language_model",
         "cairn.train.trainer",
         "torch._dynamo",
         "deepspeed.runtime.zero.muon.original_muon",
@@ -141,7 +141,7 @@ class Mishap:
     number: signal.Signals
     at: int
     method: str = "step"
-    owner: str = "pretrain.task:LanguageModel"
+    owner: str = "cairn.train.language_model:LanguageModel"
     rank: int | None = None
     """The rank it befalls; None: every one."""
     checkpoint: Path | None = None

@@ -11,8 +11,8 @@ from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
 from cairn.data.prepare import open_prepared, prepare
 from cairn.train.folder import RunFolder
+from cairn.train.language_model import LanguageModel
 from pretrain.batch import data_step, shortened
-from pretrain.task import LanguageModel
 from tests.pretrain import runs
 from tests.pretrain.conftest import CONFIG, SIZE, Place
 

@@ -34,7 +34,7 @@ class FillUp:
     def __call__(self, rank: int) -> None:
         if rank != 0:
             return
-        from pretrain.task import LanguageModel
+        from cairn.train.language_model import LanguageModel
 
         step, calls = LanguageModel.step, []
 

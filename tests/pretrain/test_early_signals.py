@@ -14,7 +14,7 @@ from tests.pretrain.conftest import Place
 
 STAGES = {
     "prepare": ("cairn.data.manifest:Manifest", "write"),
-    "models": ("pretrain.task:LanguageModel", "models"),
+    "models": ("cairn.train.language_model:LanguageModel", "models"),
     "engine": ("cairn.train.engine:Engine", "__init__"),
 }
 

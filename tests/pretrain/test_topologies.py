@@ -14,8 +14,8 @@ from cairn.config.schema import PretrainConfig
 from cairn.data.prepare import open_prepared, prepare
 from cairn.train.checkpoint import folder_of
 from cairn.train.folder import RunFolder
+from cairn.train.language_model import LanguageModel
 from pretrain.compare import Result, relative_differences
-from pretrain.task import LanguageModel
 from tests.pretrain.conftest import STEPS, Place
 from tests.pretrain.runs import LAUNCHERS, copied, steps
 

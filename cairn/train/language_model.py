@@ -1,4 +1,4 @@
-"""Pretraining a language model, as a Task: the objective gives samples and losses, the model section the network."""
+"""Training a language model on text, as a Task: samples and losses of an objective, the network of a model section."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cairn.config.schema import PretrainConfig
+from cairn.config.schema import PretrainConfig, RunConfig
 from cairn.data.batches import Batch, Samples
 from cairn.data.prepare import Prepared
 from cairn.models.build import build_model, flops_per_token, padded_vocab
@@ -22,16 +22,17 @@ class LanguageModel(LossTask):
     """GPT with causal LM, BERT with masked LM and next-sentence prediction, T5 with span denoising."""
 
     def __init__(self, config: PretrainConfig, prepared: Prepared) -> None:
-        self.config, self.prepared = config, prepared
+        self.config: RunConfig = config
+        self.pretraining, self.prepared = config, prepared
         self.vocab_size = padded_vocab(config.model, prepared.tokenizer.vocab_size)
         self.objective = build_objective(config.objective, prepared.tokenizer)
 
     def models(self) -> dict[str, nn.Module]:
         """The one network."""
-        return {"model": build_model(self.config.model, self.vocab_size)}
+        return {"model": build_model(self.pretraining.model, self.vocab_size)}
 
     def samples(self, split: str) -> Samples:
-        """Sequences of `config.seq_len` tokens."""
+        """Sequences of `data.seq_len` tokens."""
         return self.training_samples if split == "train" else self._samples("valid")
 
     @cached_property
@@ -41,7 +42,7 @@ class LanguageModel(LossTask):
 
     def _samples(self, split: Split) -> TextSamples:
         return self.objective.samples(
-            self.prepared, split, self.config.seq_len, self.config.seed, self.config.data.document_mask
+            self.prepared, split, self.pretraining.seq_len, self.pretraining.seed, self.pretraining.data.document_mask
         )
 
     def origin(self, index: int) -> list[str]:
@@ -72,7 +73,7 @@ class LanguageModel(LossTask):
         streams = [stream for stream, _ in self.prepared.streams("valid")]
         tokens, size = sum(s.n_tokens for s in streams), sum(s.n_bytes for s in streams)
         known = all(s.n_bytes for s in streams if s.n_tokens)  # of a corpus that came tokenised they are not
-        if self.config.objective.name == "causal" and known:
+        if self.pretraining.objective.name == "causal" and known:
             metrics["bits_per_byte"] = metrics["loss"] / math.log(2) * tokens / size
         return metrics
 
@@ -83,9 +84,11 @@ class LanguageModel(LossTask):
     @property
     def tokens_per_sample(self) -> int:
         """Sequence length."""
-        return self.config.seq_len
+        return self.pretraining.seq_len
 
     @cached_property
     def flops_per_sample(self) -> float:
         """Of a sequence, forward and backward. Kept: counting builds the model on no device, a tenth of a second."""
-        return self.config.seq_len * flops_per_token(self.config.model, self.vocab_size, self.config.seq_len)
+        return self.pretraining.seq_len * flops_per_token(
+            self.pretraining.model, self.vocab_size, self.pretraining.seq_len
+        )
