@@ -20,7 +20,7 @@ from launch.options import parser, read, runs
 
 ROOT = Path(__file__).parents[1]
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-PACKAGES = ("cairn", "pretrain", "recipes", "launch")
+PACKAGES = ("cairn", "pretrain", "finetune", "recipes", "launch")
 TOP = (*PACKAGES, "configs", "docs", "tests", "benchmarks", ".ci")
 SCHEMAS = {verb.module: verb.schema for verb in VERBS.values()}
 

@@ -126,8 +126,7 @@ class CheckpointStore:
         self._abandoned = threading.Event()
         self.last_step: int | None = None
         """Step of the last save."""
-        self.best: int | None = None
-        """Step whose checkpoint is kept whatever comes after it; the trainer sets it."""
+        self.best: int | None = None  # the step whose checkpoint is never pruned
         self.write_seconds = 0.0
         """What the last write took here, whether in the background or not."""
         if rank == 0:

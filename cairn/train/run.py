@@ -54,7 +54,7 @@ def load_model(run_dir: Path, device: torch.device) -> LoadedRun:
         raise UserError(f"{folder.checkpoints} has no checkpoint yet: train the run to its first one")
     assert config.model is not None, "a run folder's config has its model"
     tokenizer = load_tokenizer(folder.tokenizer)
-    trained_with = checkpoint.state["identity"].get("tokenizer", tokenizer.fingerprint)
+    trained_with = checkpoint.state.get("identity", {}).get("tokenizer", tokenizer.fingerprint)
     if tokenizer.fingerprint != trained_with:
         raise UserError(
             f"{folder.tokenizer} is not the tokenizer that {checkpoint.path.name} was trained with "
