@@ -1,4 +1,4 @@
-"""Writing on from a prompt, one token at a time, with a key-value cache."""
+"""Writing on from prompts with a decoder: token by token as they come, in batches, or by beam search."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from cairn.data.tokenizer import Tokenizer
-from cairn.decode.sample import Sampling, draw, generators, probabilities
+from cairn.decode.batch import Ends, by_length, write_all
+from cairn.decode.beam import Beams, Hypothesis, search_all
+from cairn.decode.reader import PromptReader
+from cairn.decode.sample import Rules, Sampling, choose, generators
+from cairn.decode.stop import cut_off, settled
 from cairn.errors import UserError
-from cairn.models.base import Cache, LanguageModel
+from cairn.models.base import LanguageModel
 from cairn.models.build import padded_vocab
+from cairn.models.headed import Headed
+from cairn.models.seq2seq import Seq2Seq
 from cairn.train.run import LoadedRun
 
 
+@torch.inference_mode()
 def stream(
     model: LanguageModel,
     prompt: Tensor,
@@ -21,34 +28,24 @@ def stream(
     rows: Sequence[torch.Generator],
     allowed: Tensor | None = None,
     cached: bool = True,
+    min_new_tokens: int = 0,
+    eos_id: int | None = None,
 ) -> Iterator[Tensor]:
     """The tokens that follow a prompt (B, T >= 1): yields (B,) int64, one for each row, without end.
 
     `rows`: a CPU generator a row. `allowed`: bool (V,), False for tokens that are never drawn. The model sees at most
     its max_seq_len tokens: when they are full, it reads the last half of them again and goes on from there. That costs
-    one pass every max_seq_len / 2 tokens and keeps every position one that was trained. `cached` does not change what
-    is drawn, only how long it takes.
+    one pass every max_seq_len / 2 tokens and keeps every position one that was trained. A penalty for repetition looks
+    at what the model sees. `cached` does not change what is drawn, only how long it takes. `eos_id` is not drawn before
+    `min_new_tokens`.
     """
-    limit = model.section.max_seq_len
-    context = prompt[:, -limit:]
-    cache: Cache | None = None
+    rules = Rules(sampling.repetition_penalty, min_new_tokens, eos_id, allowed)
+    reader, written = PromptReader(model, prompt, cached=cached), 0
+    logits = reader.first()
     while True:
-        if context.shape[1] > limit:
-            context, cache = context[:, -max(1, limit // 2) :], None
-        if cached and cache is None:
-            cache = model.new_cache(len(context), limit)
-        logits = _next_logits(model, context, cache)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        token = draw(probabilities(logits, sampling), rows)
-        context = torch.cat([context, token[:, None]], dim=1)
+        token = choose(rules.apply(logits, reader.seen, written), sampling, rows)
         yield token
-
-
-@torch.inference_mode()
-def _next_logits(model: LanguageModel, context: Tensor, cache: Cache | None) -> Tensor:
-    read = 0 if cache is None else cache.length
-    return model(context[:, read:], cache=cache)[:, -1].float()  # type: ignore[no-any-return]
+        logits, written = reader.next(token), written + 1
 
 
 def generate(
@@ -60,39 +57,84 @@ def generate(
     eos_id: int | None = None,
     allowed: Tensor | None = None,
     cached: bool = True,
+    min_new_tokens: int = 0,
+    batch_size: int | None = None,
+    ends: Ends | None = None,
 ) -> list[list[int]]:
     """What follows each prompt (at least one token): up to `max_new_tokens` tokens, ended before `eos_id`.
 
-    Prompts of one length go through the model together. What prompt i gets depends on (seed, i) and not on the others,
-    up to the rounding of batched matrix products.
+    Up to `batch_size` prompts (None: all) go through the model together: those that fit its max_seq_len with what is
+    written, whatever their lengths, and of the others, whose last half is read again as in `stream`, those of one
+    length. What prompt i gets depends on (seed, i) and not on the others, up to the rounding of batched matrix
+    products. `ends(i, tokens)` ends text i after these new tokens.
     """
-    rows = generators(seed, len(prompts))
-    device = next(model.parameters()).device
-    same_length: dict[int, list[int]] = defaultdict(list)
+    rules = Rules(sampling.repetition_penalty, min_new_tokens, eos_id, allowed)
+    readers = prompt_readers(model, prompts, max_new_tokens, batch_size, cached)
+    return write_all(readers, len(prompts), max_new_tokens, sampling, rules, seed, ends)
+
+
+def beam_search(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    beams: Beams,
+    eos_id: int | None = None,
+    allowed: Tensor | None = None,
+    min_new_tokens: int = 0,
+    batch_size: int | None = None,
+    ends: Ends | None = None,
+) -> list[list[Hypothesis]]:
+    """The `beams.n_best` best texts of up to `max_new_tokens` that follow each prompt, best first.
+
+    Raises UserError where a prompt and what is written are more than the model's max_seq_len.
+    """
+    check_room(model, prompts, max_new_tokens)
+    rules = Rules(beams.repetition_penalty, min_new_tokens, eos_id, allowed)
+    readers = prompt_readers(model, prompts, max_new_tokens, batch_size)
+    return search_all(readers, len(prompts), max_new_tokens, beams, rules, ends)
+
+
+def check_room(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises UserError where a prompt and what is written are more than the model's max_seq_len."""
+    limit = model.section.max_seq_len
     for i, prompt in enumerate(prompts):
-        same_length[len(prompt)].append(i)
-    results: list[list[int]] = [[] for _ in prompts]
+        if len(prompt) + max_new_tokens > limit:
+            raise UserError(
+                f"prompt {i + 1}: {len(prompt)} tokens and {max_new_tokens} new ones are more than model.max_seq_len "
+                f"{limit}, which beam search does not pass: lower --max-new-tokens, or leave out --beams"
+            )
+
+
+def prompt_readers(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    cached: bool = True,
+) -> Iterator[tuple[list[int], PromptReader]]:
+    """Which prompts go through the model together, and a reader of them, as `generate` says."""
     model.eval()
-    for members in same_length.values():
-        batch = torch.tensor([prompts[i] for i in members], device=device)
-        tokens = stream(model, batch, sampling, [rows[i] for i in members], allowed, cached)
-        open_rows = dict(enumerate(members))
-        for _ in range(max_new_tokens):
-            for place, token in enumerate(next(tokens).tolist()):
-                if place in open_rows and token == eos_id:
-                    del open_rows[place]
-                elif place in open_rows:
-                    results[open_rows[place]].append(token)
-            if not open_rows:
-                break
-    return results
+    limit = model.section.max_seq_len
+    together: dict[int, list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        fits = model.takes_padding and len(prompt) + max_new_tokens - 1 <= limit
+        together[0 if fits else len(prompt)].append(i)
+    for group in together.values():
+        for places in by_length([len(prompts[i]) for i in group], batch_size):
+            members = [group[place] for place in places]
+            longest = max(len(prompts[i]) for i in members)
+            yield members, PromptReader(model, [prompts[i] for i in members], longest + max_new_tokens - 1, cached)
 
 
 def decoder_of(run: LoadedRun) -> LanguageModel:
-    """The run's model, ready to generate. Raises UserError for one that cannot."""
-    if run.config.model.objective != "causal":
+    """The run's model, ready to go on from a prompt. Raises UserError for one that cannot."""
+    if isinstance(run.model, Headed):
+        raise UserError(f"a {run.section.name} model with a task's outputs writes no text: use `cairn predict`")
+    if isinstance(run.model, Seq2Seq):
+        raise UserError("a seq2seq model writes what a source becomes and does not go on from a prompt")
+    if run.section.objective != "causal":
         raise UserError(
-            f"a {run.config.model.name} model predicts masked tokens and cannot generate: give a run of a causal one"
+            f"a {run.section.name} model predicts masked tokens and cannot generate: give a run of a causal one"
         )
     return run.model.eval()
 
@@ -120,31 +162,40 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stream_text(
-    run: LoadedRun, prompt: str, max_new_tokens: int, sampling: Sampling, row: torch.Generator
+    run: LoadedRun,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    row: torch.Generator,
+    stops: Sequence[str] = (),
+    min_new_tokens: int = 0,
 ) -> Iterator[str]:
     """The text that follows a prompt, in pieces as they come; a character is held back until it is whole.
 
-    Raises UserError for a model that cannot generate.
+    It ends before the first of the `stops`; what may become one is held back too. Raises UserError for a model that
+    cannot generate.
     """
     model, tokenizer = decoder_of(run), run.tokenizer
     start = encode_prompt(tokenizer, prompt)
     device = next(model.parameters()).device
-    allowed = allowed_tokens(tokenizer, padded_vocab(run.config.model, tokenizer.vocab_size)).to(device)
-    tokens = stream(model, torch.tensor([start], device=device), sampling, [row], allowed)
-    ids = list(start)
-    shown = len(tokenizer.decode(ids))
+    allowed = allowed_tokens(tokenizer, padded_vocab(run.section, tokenizer.vocab_size)).to(device)
+    eos_id = tokenizer.eos_id
+    tokens = stream(model, torch.tensor([start], device=device), sampling, [row], allowed, True, min_new_tokens, eos_id)
+    ids, begin, shown = list(start), len(tokenizer.decode(start)), 0
     for _ in range(max_new_tokens):
         token = int(next(tokens))
-        if token == tokenizer.eos_id:
+        if token == eos_id:
             break
         ids.append(token)
         # Decoded with the prompt, since some tokenizers join words by what stands left of them.
-        text = tokenizer.decode(ids)
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        if len(whole) > shown:
-            yield whole[shown:]
-            shown = len(whole)
-    yield tokenizer.decode(ids)[shown:]
+        whole, ended = cut_off(tokenizer.decode(ids)[begin:].rstrip("\N{REPLACEMENT CHARACTER}"), stops)
+        safe = len(whole) if ended else settled(whole, stops)
+        if safe > shown:
+            yield whole[shown:safe]
+            shown = safe
+        if ended:
+            return
+    yield tokenizer.decode(ids)[begin + shown :]
 
 
 def generate_text(

@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature, top-k and top-p, each a pure function."""
+"""From logits to the next token: repetition penalty, temperature, top-k and top-p, each a pure function."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from cairn.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Applied in this order: temperature, top-k, top-p.
+    """How a token is drawn. Applied in this order: repetition penalty, temperature, top-k, top-p.
 
     Raises UserError for a value out of range.
     """
@@ -22,6 +22,8 @@ class Sampling:
     """Keep this many of the most likely tokens."""
     top_p: float | None = None
     """Keep the smallest set of most likely tokens that holds this probability (nucleus, arXiv 1904.09751)."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen and multiplies negative ones (arXiv 1909.05858); 1 does nothing."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -30,10 +32,49 @@ class Sampling:
             raise UserError(f"top-k {self.top_k} must be at least 1; leave it out to keep all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p} must lie in (0, 1]; leave it out to keep all tokens")
+        check_penalty(self.repetition_penalty)
+
+
+def check_penalty(value: float) -> None:
+    """Raises UserError for a repetition penalty out of range."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"repetition-penalty {value} must be a positive number; 1 does nothing")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is done to scores before a token is chosen, whichever way; in this order."""
+
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    """The text does not end before it has this many."""
+    eos_id: int | None = None
+    allowed: Tensor | None = None
+    """Bool (V,): False for tokens that are never chosen."""
+
+    def apply(self, scores: Tensor, seen: Tensor, written: int) -> Tensor:
+        """Scores (B, V) after `seen` (B, T), of which the last `written` are new."""
+        if self.repetition_penalty != 1:
+            old = scores.gather(1, seen)
+            penalized = torch.where(old < 0, old * self.repetition_penalty, old / self.repetition_penalty)
+            scores = scores.scatter(1, seen, penalized)
+        if self.eos_id is not None and written < self.min_new_tokens:
+            scores = scores.index_fill(1, torch.tensor([self.eos_id], device=scores.device), -torch.inf)
+        return scores if self.allowed is None else scores.masked_fill(~self.allowed, -torch.inf)
+
+
+def choose(scores: Tensor, sampling: Sampling, rows: Sequence[torch.Generator]) -> Tensor:
+    """One token a row, int64 (B,), from scores (B, V): the best or a drawn one."""
+    if sampling.temperature == 0:
+        return scores.argmax(-1)
+    return draw(probabilities(scores, sampling), rows)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities of the next token, fp64 (B, V), from logits (B, V); a logit of -inf is never drawn."""
+    """Probabilities of the next token, fp64 (B, V), from logits (B, V); a logit of -inf is never drawn.
+
+    The penalty for repetition, which needs the tokens seen, is that of `Rules`.
+    """
     scores = logits.double()
     if sampling.temperature == 0:
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)

@@ -34,10 +34,11 @@ class Mask:
     def dense(self, rows: slice, keys: slice, device: torch.device) -> Tensor | None:
         """True where seen, for a range of queries and keys: (1 or B, 1, rows, keys), or None where all is seen."""
         parts: list[Tensor] = []
-        if self.causal or self.window is not None:
+        hides_right = self.causal and self.offset + rows.start < keys.stop - 1
+        if hides_right or self.window is not None:
             query = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.offset
             distance = query - torch.arange(keys.start, keys.stop, device=device)
-            if self.causal and self.offset + rows.start < keys.stop - 1:
+            if hides_right:
                 parts.append((distance >= 0)[None, None])
             if self.window is not None:
                 parts.append(((distance if self.causal else distance.abs()) < self.window)[None, None])

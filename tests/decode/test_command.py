@@ -20,7 +20,7 @@ def started(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_refusal_comes_before_the_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bert = PretrainConfig(model=BERTSection(), objective=MaskedSection())
-    monkeypatch.setattr("cairn.train.run.load_model", lambda *_: LoadedRun(bert, None, None, 0))  # type: ignore[arg-type]
+    monkeypatch.setattr("cairn.train.run.load_model", lambda *_: LoadedRun(bert, bert.model, None, None, 0))  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "argv", ["generate", "RUN", "--prompt", "once"])
     with pytest.raises(UserError, match="cannot generate"):
         main()

@@ -32,7 +32,7 @@ def tiny(seed: int = 0, vocab_size: int = 64, **keys: object) -> GPT:
 def byte_run(**keys: object) -> LoadedRun:
     tokenizer = BytesTokenizer()
     model = tiny(vocab_size=tokenizer.vocab_size, **keys)
-    return LoadedRun(PretrainConfig(model=model.section), model, tokenizer, step=1)
+    return LoadedRun(PretrainConfig(model=model.section), model.section, model, tokenizer, step=1)
 
 
 def test_greedy_equals_transformers_token_by_token() -> None:
@@ -149,7 +149,7 @@ def test_bert_is_refused() -> None:
     tokenizer = BytesTokenizer()
     section = BERTSection(n_layer=1, n_head=2, d_model=16, max_seq_len=16)
     config = PretrainConfig.model_validate({"model": {"name": "bert"}, "objective": {"name": "masked"}})
-    run = LoadedRun(config, build_model(section, tokenizer.vocab_size), tokenizer, step=1)
+    run = LoadedRun(config, section, build_model(section, tokenizer.vocab_size), tokenizer, step=1)
     with pytest.raises(UserError, match="bert model predicts masked tokens and cannot generate"):
         generate_text(run, "x")
 

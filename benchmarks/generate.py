@@ -1,0 +1,77 @@
+"""Tokens/s of generation beside `transformers`, the same GPT-2 weights in both, greedy, fp32.
+
+    python -m benchmarks.generate [--rounds 3] [--new 32] [--prompt 64] [--threads 1] [--batches 1,16]
+
+In one process, in turn: ours, theirs, ours, theirs. Both write the same tokens, which is checked. The weights are
+random, of GPT-2's size (124 M); prompts too. A round times the whole call, the reading of the prompts included.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def pair(
+    prompt: int, new: int
+) -> tuple[Callable[[torch.Tensor], list[list[int]]], Callable[[torch.Tensor], list[list[int]]]]:
+    """Two functions that go on from prompts (B, T), ours and theirs."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from cairn.config.model import GPTSection
+    from cairn.decode.generate import generate
+    from cairn.decode.sample import Sampling
+    from cairn.hub import gpt2
+    from cairn.hub.convert import to_hub
+    from cairn.models.gpt import GPT
+
+    torch.manual_seed(0)
+    model = GPT(GPTSection(init_std=0.1), 50257).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(**gpt2.to_config(model.section, 50257))).eval()
+    theirs.load_state_dict(to_hub(dict(model.named_parameters()), gpt2.table(model.section)), strict=False)
+
+    def ours_of(prompts: torch.Tensor) -> list[list[int]]:
+        return generate(model, prompts.tolist(), new, Sampling(temperature=0))
+
+    def theirs_of(prompts: torch.Tensor) -> list[list[int]]:
+        mask = torch.ones_like(prompts)
+        keys = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+        return theirs.generate(prompts, max_new_tokens=new, **keys)[:, prompt:].tolist()  # type: ignore[operator]
+
+    return ours_of, theirs_of
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batches", default="1,16")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    systems = dict(zip(("cairn", "transformers"), pair(args.prompt, args.new), strict=True))
+    print("| batch | system | tokens/s, median (range) | time against cairn |\n| ---: | --- | --- | ---: |")
+    for batch in map(int, args.batches.split(",")):
+        prompts = torch.randint(50257, (batch, args.prompt), generator=torch.Generator().manual_seed(batch))
+        speeds: dict[str, list[float]] = {name: [] for name in systems}
+        for number in range(args.rounds + 1):
+            written = {}
+            for name, run in systems.items():
+                start = time.perf_counter()
+                written[name] = run(prompts)
+                if number:  # the first round warms up
+                    speeds[name].append(batch * args.new / (time.perf_counter() - start))
+            assert written["cairn"] == written["transformers"], "the two wrote different tokens"
+        ours = statistics.median(speeds["cairn"])
+        for name, found in speeds.items():
+            speed = statistics.median(found)
+            shown = f"{speed:.1f} ({min(found):.1f} to {max(found):.1f})"
+            print(f"| {batch} | {name} | {shown} | {ours / speed:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
