@@ -31,6 +31,15 @@ def test_tokens_between_tabs_may_hold_spaces(tmp_path: Path) -> None:
     assert [row.values["tokens"] for row in read_conll(str(tmp_path / "b.txt"))] == [["\u3000"]]
 
 
+def test_tokens_may_stand_alone_where_no_tags_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a\nb\n\nc\n")
+    rows = list(read_conll(str(tmp_path / "a.txt"), tagged=False))
+    assert [row.values for row in rows] == [{"tokens": ["a", "b"]}, {"tokens": ["c"]}]
+    (tmp_path / "b.txt").write_text("a O\nb\n")
+    with pytest.raises(UserError, match="line 2 has one column"):
+        list(read_conll(str(tmp_path / "b.txt"), tagged=False))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -62,6 +62,15 @@ def test_what_is_wrong_is_named(tmp_path: Path, item: dict[str, Any], message: s
         list(read_squad(write(tmp_path, item)))
 
 
+def test_questions_without_answers_where_none_are_needed(tmp_path: Path) -> None:
+    path = write(tmp_path, {"id": "q1", "question": "Where?"}, question("q2"))
+    first, second = read_squad(path, answered=False)
+    assert first.values == {"title": "Cafés", "context": CONTEXT, "id": "q1", "question": "Where?"}
+    assert second.values["answers"] == ["Oslo"]
+    with pytest.raises(UserError, match=r"\(id q1\): has no 'answers'"):
+        list(read_squad(path))
+
+
 def test_an_id_that_is_there_twice(tmp_path: Path) -> None:
     path = write(tmp_path, question(), question("q2"), question())
     with pytest.raises(UserError) as caught:

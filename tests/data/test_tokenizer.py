@@ -139,6 +139,39 @@ def test_bytes(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
 
 
+def gpt2_like(path: Path) -> Tokenizer:
+    byte_level(path / "tokenizer.json")
+    return load_tokenizer(path)
+
+
+def exact_spans(kind: str, trained: Path, folder: Path) -> Tokenizer:
+    return {"bytes": BytesTokenizer, "bpe": lambda: load_tokenizer(trained), "gpt2": lambda: gpt2_like(folder)}[kind]()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2"])
+def test_offsets_are_those_of_the_characters(kind: str, trained: Path, tmp_path: Path) -> None:
+    tokenizer = exact_spans(kind, trained, tmp_path)
+    for text in [*ODD[:-1], *random_texts(200), TEXTS[1][:9000]]:
+        ids, offsets = tokenizer.encode_offsets(text)
+        assert ids == tokenizer.encode(text)
+        assert len(offsets) == len(ids)
+        ends = [end for _, end in offsets]
+        assert ends == sorted(ends)
+        assert {place for begin, end in offsets for place in range(begin, end)} == set(range(len(text)))
+        for i, (begin, end) in zip(ids, offsets, strict=True):
+            piece = tokenizer.decode([i])
+            assert piece == text[begin:end] or "\ufffd" in piece or not piece, (text, begin, end)
+
+
+def test_offsets_of_wordpiece_point_into_the_text_as_it_is(tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cafe", "oslo", "##s", "日", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    text = "  CAFÉS  日 Oslo."
+    ids, offsets = load_tokenizer(tmp_path).encode_offsets(text)
+    assert ids == [5, 7, 8, 6, 9]
+    assert [text[begin:end] for begin, end in offsets] == ["CAFÉ", "S", "日", "Oslo", "."]
+
+
 def byte_level(path: Path) -> Backend:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
