@@ -70,6 +70,7 @@ def export_tokenizer(
             tokenizer_object=backend,
             clean_up_tokenization_spaces=False,
             model_input_names=["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"],
+            chat_template=tokenizer.chat_template,
             **({} if max_len is None else {"model_max_length": max_len}),
             **{f"{kind}_token": token for kind, token in named.items()},
         ).save_pretrained(folder)

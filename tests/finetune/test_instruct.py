@@ -17,6 +17,7 @@ from cairn.data.batches import IGNORE
 from cairn.data.chat import Chat
 from cairn.data.tokenizer import BytesTokenizer, load_tokenizer
 from cairn.errors import UserError
+from cairn.hub.tokenizer import export_tokenizer
 from cairn.train.checkpoint import folder_of
 from cairn.train.outcome import Outcome
 from cairn.train.run import load_model
@@ -150,6 +151,17 @@ def test_the_plain_template_and_what_only_looks_like_a_token() -> None:
     tokenizer.chat_template += "{% endif %}{% endfor %}"
     with pytest.raises(UserError, match="writes earlier turns otherwise"):
         Chat(tokenizer).turns([*talk, *talk])
+
+
+def test_an_exported_tokenizer_writes_conversations_as_ours(tmp_path: Path) -> None:
+    tokenizer = BytesTokenizer()
+    chat = Chat(tokenizer)
+    tokenizer.chat_template = chat.template
+    assert export_tokenizer(tokenizer, tmp_path, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    ids = theirs.apply_chat_template(TALK[1], tokenize=True, return_dict=False)
+    assert ids[:-2] == [i for part, _ in chat.turns(TALK[1]) for i in part]
+    assert tokenizer.decode(ids[-2:]) == "\n\n"
 
 
 def test_it_learns_to_answer_and_generate_answers(
