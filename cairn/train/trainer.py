@@ -30,8 +30,8 @@ from cairn.train.opening import build_engines, newest_checkpoint, open_folder, o
 from cairn.train.outcome import Outcome, introduction
 from cairn.train.peak import matmul_peak
 from cairn.train.pending import Pending
-from cairn.train.signals import Stopped, StopSignal
 from cairn.train.select import Selection
+from cairn.train.signals import Stopped, StopSignal
 from cairn.train.speed import Speed
 from cairn.train.task import Task
 from cairn.train.track import Tracker
