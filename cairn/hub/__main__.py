@@ -30,6 +30,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of is checked here, and told in a line
     if args.verb == "export":
         from cairn.hub.export_run import export_run
 

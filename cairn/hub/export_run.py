@@ -79,7 +79,7 @@ def export_of(loaded: LoadedRun) -> Export:
     section, tokenizer, config = loaded.section, loaded.tokenizer, loaded.config
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
     rows = padded_vocab(section, tokenizer.vocab_size)
-    weights = dict(loaded.model.named_parameters())
+    weights: dict[str, Tensor] = dict(loaded.model.named_parameters())
     if not isinstance(loaded.model, Headed):
         architecture, arguments, table = counterpart(section, rows)
         if isinstance(section, Seq2SeqSection):
