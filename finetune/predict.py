@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Predict, write, and say how good it is where the file has labels."""
-    args = parser().parse_args()
+    args = parser().parse_intermixed_args()
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1")
 
