@@ -94,7 +94,8 @@ def export_of(loaded: LoadedRun) -> Export:
     architecture, head, table = head_counterpart(family, loaded.model, config.task)
     arguments = family.to_config(section, max(rows, pad_id + 1)) | special | head
     max_len = config.data.max_len or section.max_seq_len
-    return Export(architecture, arguments, to_hub(weights, table), template_of(section) or ENDED, pad_id, max_len)
+    ended = ENDED if tokenizer.eos_id is not None else Template(None, "sep", segments=False)
+    return Export(architecture, arguments, to_hub(weights, table), template_of(section) or ended, pad_id, max_len)
 
 
 ENDED = Template(None, "eos", segments=False)
