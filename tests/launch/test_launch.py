@@ -86,7 +86,7 @@ def test_several_nodes(started):
         (["--gpus", "0", "vision", VIT], "--gpus: expected an integer of at least 1, got '0'"),
         (["--gpus", "1", "--procs", "1", "vision", VIT], "not allowed with"),
         (["visoin", VIT], "visoin: no verb; did you mean vision?"),
-        (["generate", "x"], "generate: runs as `cairn generate` alone; launch starts pretrain, prepare, vision"),
+        (["generate", "x"], "generate: runs as `cairn generate` alone; launch starts pretrain, prepare, finetune"),
         (["--procs", "2"], "VERB is missing"),
         (["vision"], "CONFIG is missing"),
         (["vision", "no.yaml"], "no.yaml: no such file"),

@@ -18,7 +18,7 @@ from tests.pretrain.runs import LAUNCHERS, Mishap, losses, rows, steps
 LONGER = (
     *("train.steps=200", "train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=0.003"),
     *("train.eval_every=0", "train.eval_samples=64", "checkpoint.every=0"),
-    *("model.max_seq_len=64", "model.dropout=0.0", "model.attention_dropout=0.0", "engine.precision=bf16"),
+    *("model.max_seq_len=64", "model.dropout=0.0", "model.attention_dropout=0.0", "engine.precision=auto"),
 )
 
 
