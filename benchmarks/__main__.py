@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-MODULES = ("startup", "order", "prepare", "goodput", "survive", "train_speed")
+MODULES = ("startup", "order", "prepare", "goodput", "survive", "train_speed", "generate")
 
 
 def main() -> None:

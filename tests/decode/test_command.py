@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,15 @@ import pytest
 from cairn.config.data import MaskedSection
 from cairn.config.model import BERTSection
 from cairn.config.schema import PretrainConfig
+from cairn.data.tokenizer import BytesTokenizer
 from cairn.decode.__main__ import main
+from cairn.decode.beam import Beams
+from cairn.decode.sample import Sampling
+from cairn.decode.texts import Task, write_texts
 from cairn.errors import UserError
+from cairn.models.base import LanguageModel
 from cairn.train.run import LoadedRun
+from tests.decode.models import tiny_gpt, tiny_seq2seq
 
 
 def started(*command: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +31,73 @@ def test_a_refusal_comes_before_the_prompt(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(sys, "argv", ["generate", "RUN", "--prompt", "once"])
     with pytest.raises(UserError, match="cannot generate"):
         main()
+    assert capsys.readouterr().out == ""
+
+
+def byte_run(make: Callable[..., LanguageModel]) -> LoadedRun:
+    tokenizer = BytesTokenizer()
+    model = make(vocab_size=tokenizer.vocab_size)
+    return LoadedRun(PretrainConfig(), model.section, model, tokenizer, 1)  # type: ignore[arg-type]
+
+
+def says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: LoadedRun, *words: object) -> str:
+    monkeypatch.setattr("cairn.train.run.load_model", lambda *_: run)
+    monkeypatch.setattr(sys, "argv", ["generate", "RUN", *map(str, words)])
+    main()
+    return capsys.readouterr().out
+
+
+def test_a_file_of_prompts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run, file = byte_run(tiny_gpt), tmp_path / "prompts.txt"
+    file.write_text("one\nanother one\n")
+    prompts, rule = ["one", "another one"], "\n" + "-" * 40 + "\n"
+    new = ("--file", file, "--max-new-tokens", 12)
+    said = says(monkeypatch, capsys, run, *new, "--samples", 2, "--seed", 5, "--batch-size", 1)
+    groups = write_texts(run, prompts, Task(Sampling(0.8), 12, samples=2, seed=5))
+    assert said == rule.join(p + text for p, group in zip(prompts, groups, strict=True) for text in group) + "\n"
+    assert len({text for group in groups for text in group}) == 4
+    said = says(monkeypatch, capsys, run, *new, "--beams", 3, "--n-best", 2, "--length-penalty", 0.5)
+    groups = write_texts(run, prompts, Task(Beams(3, 0.5, 2), 12))
+    assert said == rule.join(p + text for p, group in zip(prompts, groups, strict=True) for text in group) + "\n"
+
+
+def test_an_encoder_decoder_writes_a_line_a_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = byte_run(tiny_seq2seq)
+    new = ("--prompt", "a source", "--max-new-tokens", 9)
+    for options, how in (((), Sampling(0.0)), (("--beams", 2, "--n-best", 2), Beams(2, n_best=2))):
+        (texts,) = write_texts(run, ["a source"], Task(how, 9))
+        assert says(monkeypatch, capsys, run, *new, *options) == "".join(text + "\n" for text in texts)
+    drawn = says(monkeypatch, capsys, run, *new, "--temperature", 3, "--samples", 2, "--seed", 1)
+    assert drawn == "".join(t + "\n" for t in write_texts(run, ["a source"], Task(Sampling(3.0), 9, 0, 2, 1))[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            "--beams 4 --temperature 1 --samples 2",
+            "--beams searches and draws nothing: leave out --temperature, --samples",
+        ),
+        ("--n-best 2", "--n-best: only for beam search; add --beams N"),
+        ("--beams 2 --n-best 3", r"n-best 3 must lie in \[1, 2\], the number of beams"),
+        ("--greedy --top-k 3", "--greedy takes the most likely token always: leave out --top-k"),
+        ("--prompt x --file y", "--prompt and --file: give one of the two"),
+        ("--file nowhere.txt", "--file nowhere.txt: No such file"),
+        ("--batch-size 3", "--batch-size is for the prompts of --file FILE"),
+        ("--min-new-tokens 9 --max-new-tokens 8", "--min-new-tokens 9 is more than --max-new-tokens 8"),
+        ("--repetition-penalty 0", "repetition-penalty 0.0 must be a positive number"),
+        ("--beams 2 --length-penalty inf", "length-penalty inf must be a number"),
+        ("--beams 2 --max-new-tokens 64", "prompt 1: 1 tokens and 64 new ones are more than model.max_seq_len 64"),
+    ],
+)
+def test_bad_options_are_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        says(monkeypatch, capsys, byte_run(tiny_gpt), *options.split())
+    assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 

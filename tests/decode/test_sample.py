@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from cairn.decode.sample import Sampling, draw, generators, probabilities
+from cairn.decode.generate import generate
+from cairn.decode.sample import Rules, Sampling, draw, generators, probabilities
 from cairn.errors import UserError
+from tests.decode.models import tiny_gpt
 
 LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.15, 0.3, 0.1]]))
 
@@ -86,8 +88,75 @@ def test_minus_infinity_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "values",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_bad_values_are_named(values: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(values)).replace("_", "-")):
         Sampling(**values)
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(0.7),
+    Sampling(1.3, top_k=7),
+    Sampling(0.9, top_p=0.6),
+    Sampling(1.6, 9, 0.8, 1.3),
+    Sampling(repetition_penalty=0.7),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("least", [0, 3])
+def test_probabilities_are_those_of_transformers(sampling: Sampling, least: int) -> None:
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    logits, seen, eos = 3 * torch.randn(5, 16), torch.randint(16, (5, 6)), 4
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k or 0,
+        top_p=sampling.top_p or 1.0,
+        repetition_penalty=sampling.repetition_penalty,
+        min_new_tokens=least,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1))
+    theirs._prepare_special_tokens(config, False, "cpu")
+    processors = theirs._get_logits_processor(config, input_ids_seq_length=5, device="cpu")
+    rules = Rules(sampling.repetition_penalty, least, eos)
+    ours = probabilities(rules.apply(logits, seen, written=1), sampling)
+    expected = processors(seen, logits.clone()).double().softmax(-1)
+    assert torch.equal(ours > 0, expected > 0)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+    assert bool((ours[:, eos] == 0).all()) == (least == 3)
+
+
+def test_generated_pairs_have_the_law_of_the_model() -> None:
+    # Two tokens after a prompt, penalised, in one batch: their joint law, worked out with the model itself.
+    model, sampling, n = tiny_gpt(vocab_size=6, init_std=0.2), Sampling(1.5, 5, 0.95, 1.5), 6000
+    law = torch.zeros(6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        rules, prompt = Rules(sampling.repetition_penalty), [1, 2]
+        first = probabilities(rules.apply(model(torch.tensor([prompt]))[:, -1], torch.tensor([prompt]), 0), sampling)[0]
+        for token in range(6):
+            text = torch.tensor([[*prompt, token]])
+            law[token] = first[token] * probabilities(rules.apply(model(text)[:, -1], text, 1), sampling)[0]
+    drawn = torch.tensor(generate(model, [prompt] * n, 2, sampling, seed=8))
+    counts = torch.bincount(drawn[:, 0] * 6 + drawn[:, 1], minlength=36).double()
+    expected = law.flatten() * n
+    assert not counts[expected == 0].any()
+    kept = expected > 0
+    assert int(kept.sum()) > 10
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum().item()
+    freedom = int(kept.sum()) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
