@@ -151,6 +151,12 @@ def format_row(row: dict[str, Any]) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content: after a kill it holds the old or the new, never a part."""
+    replace_content(path, content)
+    fsync_folder(path.parent)
+
+
+def replace_content(path: Path, content: bytes) -> None:
+    """As write_atomically, but it is for others to see to it that the new content survives a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb", buffering=0) as file:  # a buffer would be written once more when the file is closed
@@ -160,7 +166,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)  # a full disk needs the room
         raise
-    fsync_folder(path.parent)
 
 
 def write_whole(file: io.FileIO, content: bytes | memoryview) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from cairn.errors import UserError
-from cairn.train.folder import explain, write_atomically
+from cairn.train.folder import explain, replace_content, write_atomically
 from cairn.train.tensorfile import pieces, write_tensors
 
 LAST_PATIENCE_S = 5.0  # for the other ranks' files once this rank has failed
@@ -31,7 +31,8 @@ def write(folder: Path, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> Non
         name = f"rank-{rank:05d}-{index:03d}.safetensors"
         entries[name] = write_tensors(folder / name, piece)
     _listen(folder)
-    write_atomically(_report(folder, rank), json.dumps(entries).encode())
+    # Rank 0 syncs the folder. It may have renamed it once the report is there, so nothing can be done in it after that.
+    replace_content(_report(folder, rank), json.dumps(entries).encode())
 
 
 def withdraw(folder: Path, rank: int, text: str) -> None:

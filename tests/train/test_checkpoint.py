@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from cairn.errors import UserError
 from cairn.train import checkpoint as checkpoint_module
-from cairn.train import tensorfile
+from cairn.train import parts, tensorfile
 from cairn.train.checkpoint import CheckpointStore, steps_in
 
 
@@ -158,12 +158,12 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 def test_ranks_meet_through_files(tmp_path: Path) -> None:
     stores = [CheckpointStore(tmp_path, rank, 3, background=True) for rank in range(3)]
-    parts = [{"weight/x": torch.ones(3)}, {}, {"weight/y": torch.full((2,), 2.0)}]  # rank 1 owns nothing
-    stores[0].save(4, parts[0].items(), {"who": 0})
+    owned = [{"weight/x": torch.ones(3)}, {}, {"weight/y": torch.full((2,), 2.0)}]  # rank 1 owns nothing
+    stores[0].save(4, owned[0].items(), {"who": 0})
     time.sleep(0.05)
     assert steps_in(tmp_path) == []
-    stores[1].save(4, parts[1].items(), {"who": 1})
-    stores[2].save(4, parts[2].items(), {"who": 2})
+    stores[1].save(4, owned[1].items(), {"who": 1})
+    stores[2].save(4, owned[2].items(), {"who": 2})
     for store in stores:
         store.wait()
     found = CheckpointStore(tmp_path).open(4)
@@ -171,6 +171,22 @@ def test_ranks_meet_through_files(tmp_path: Path) -> None:
     assert found.state == {"who": 0}
     assert found.read("weight/x").tolist() == [1, 1, 1]
     assert found.read("weight/y").tolist() == [2, 2]
+
+
+def test_the_folder_may_be_renamed_as_soon_as_the_last_part_is_there(tmp_path: Path) -> None:
+    for number in range(50):
+        folder = tmp_path / f".tmp-{number}"
+        folder.mkdir()
+
+        def rank_0(folder: Path = folder) -> None:
+            while not (folder / "rank-00001.json").exists():
+                pass
+            folder.rename(folder.with_name(folder.name.removeprefix(".tmp-")))
+
+        thread = threading.Thread(target=rank_0)
+        thread.start()
+        parts.write(folder, 1, [("weight/x", torch.ones(3))])
+        thread.join()
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
