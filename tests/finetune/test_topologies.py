@@ -6,6 +6,7 @@ import pytest
 
 from cairn.cluster import Cluster
 from finetune.seeds import train_seed
+from tests.finetune import test_answer, test_choice, test_tag
 from tests.finetune.conftest import config_of, reviews
 from tests.train.dist import run_distributed
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def several(rank: int, folder: str, runs: list[list[str]]) -> list[dict[int, float]]:
-    """The losses of each of several runs by step, and the accuracies by minus the step."""
+    """The losses of each of several runs by step, and those of its evaluations by minus the step."""
     out = []
     cluster = Cluster.from_env()
     with cluster.init():
@@ -23,7 +24,7 @@ def several(rank: int, folder: str, runs: list[list[str]]) -> list[dict[int, flo
             rows = outcome.folder.rows()
             out.append(
                 {row["step"]: row["loss"] for row in rows if "loss" in row}
-                | {-row["step"]: row["valid/accuracy"] for row in rows if "valid/accuracy" in row}
+                | {-row["step"]: row["valid/loss"] for row in rows if "valid/loss" in row}
             )
     return out
 
@@ -31,25 +32,32 @@ def several(rank: int, folder: str, runs: list[list[str]]) -> list[dict[int, flo
 def test_ranks_and_stages_agree(tmp_path: Path, bases: dict[str, Path]) -> None:
     for rank in range(2):
         (tmp_path / f"rank{rank}").mkdir()
-    train, valid = (
-        reviews(tmp_path / "t.tsv", 90),
-        reviews(tmp_path / "v.tsv", 33, seed=3),
-    )  # the last batch is not full
-    keys = [
-        f"data.train={train}",
-        f"data.valid={valid}",
-        f"base.path={bases['bert']}",
-        "base.dropout=0",
-        "optim.lr=3e-3",
+    keys = ["base.dropout=0", "optim.lr=3e-3", f"run.dir={tmp_path}", f"data.dir={tmp_path}", "checkpoint.every=4"]
+    keys += ["train.global_batch_size=16", "train.micro_batch_size=4", "train.steps=8", "train.eval_every=4"]
+
+    def task(base: str, train: Path, valid: Path, *more: str) -> list[str]:
+        return [*keys, f"base.path={bases[base]}", f"data.train={train}", f"data.valid={valid}", *more]
+
+    # 33 for evaluation: the last batch is not full
+    classify = task("bert", reviews(tmp_path / "t.tsv", 90), reviews(tmp_path / "v.tsv", 33, seed=3))
+    lora = [*classify, "tune.name=lora"]
+    tags = (test_tag.sentences(tmp_path / f"{n}.conll", n) for n in (90, 33))
+    questions = (test_answer.numbers(tmp_path / f"{n}.json", n) for n in (90, 33))
+    choices = (test_choice.reviews(tmp_path / f"{n}.jsonl", n) for n in (90, 33))
+    others = [
+        task("gpt", *tags, "task.name=tag"),
+        task("gpt", *questions, *test_answer.KEYS),
+        task("bert", *choices, "task.name=choice"),
     ]
-    keys += [f"run.dir={tmp_path}", f"data.dir={tmp_path}", "train.global_batch_size=16", "train.micro_batch_size=4"]
-    keys += ["train.steps=8", "train.eval_every=4", "checkpoint.every=4"]
-    lora = [*keys, "tune.name=lora"]
-    one = run_distributed(several, 1, str(tmp_path), [[*keys, "run.name=one"], [*lora, "run.name=lora-1"]])[0]
-    cases = [[*keys, f"run.name=two-{stage}", f"engine.zero_stage={stage}"] for stage in (1, 3)]
-    cases += [[*lora, "run.name=lora-2", "engine.zero_stage=2"], [*keys, "run.name=one", "train.eval_samples=16"]]
-    two = run_distributed(several, 2, str(tmp_path), cases)[0]
-    for rows in two[:2]:
-        assert rows == pytest.approx(one[0], abs=2e-4)
-    assert two[2] == pytest.approx(one[1], abs=2e-4)
-    assert two[3] == one[0]  # finished already, and opened by two
+    single = [[*classify, "run.name=one"], [*lora, "run.name=lora"]]
+    single += [[*other, f"run.name=other-{n}"] for n, other in enumerate(others)]
+    one = run_distributed(several, 1, str(tmp_path), single)[0]
+    double = [[*classify, "run.name=two-1", "engine.zero_stage=1"], [*lora, "run.name=two-2", "engine.zero_stage=2"]]
+    double += [[*other, f"run.name=two-other-{n}", f"engine.zero_stage={n + 1}"] for n, other in enumerate(others)]
+    double += [[*classify, "run.name=two-3", "engine.zero_stage=3"]]
+    double += [[*classify, "run.name=one", "train.eval_samples=16"]]
+    two = run_distributed(several, 2, str(tmp_path), double)[0]
+    for ours, alone in zip(two, [*one, one[0]], strict=False):
+        assert len(ours) == 10
+        assert ours == pytest.approx(alone, abs=2e-4)
+    assert two[-1] == one[0]  # finished already, and opened by two
