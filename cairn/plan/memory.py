@@ -52,6 +52,10 @@ class Facts:
     """Shapes of Muon's."""
     flops: float
     """Floating-point operations of a trained token, forward and backward."""
+    attention: float = 0.0
+    """Of these, attention's: the part that grows with the sequence."""
+    logits: float = 0.0
+    """Scores over the vocabulary that a token's loss takes."""
 
     @property
     def parameters(self) -> int:
@@ -109,7 +113,9 @@ def count(config: PretrainConfig, vocab_size: int) -> Facts:
     sizes = [muon] if muon else []
     sizes += [sum(p.numel() for p in group["params"]) for group in rest]
     largest = max(p.numel() for _, p in named)
-    return Facts(tuple(sizes), muon, largest, matrices, model.flops_per_token(config.seq_len))
+    flops, twice = (model.flops_per_token(length) for length in (config.seq_len, 2 * config.seq_len))
+    logits = vocab_size * (1.0 if config.model.name == "gpt" else 0.15)  # as flops_per_token counts the head
+    return Facts(tuple(sizes), muon, largest, matrices, flops, twice - flops, logits)
 
 
 def memory(

@@ -1,34 +1,36 @@
-"""How long a step takes: products at a share of the peak fitted to published runs, communication, memory traffic.
+"""How long a step takes: matrix products, memory traffic, collectives less what of them hides, the update.
 
-On GPUs none of this was measured by us: docs/plan.md has the points that it was fitted to, and what is assumed.
+On GPUs none of this was measured by us: docs/scale.md has the published runs that constants were fitted to, and those
+that were not used for it and are predicted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
+from cairn.config.model import Seq2SeqSection
 from cairn.config.schema import PretrainConfig
 from cairn.config.train import MuonSection
+from cairn.plan.collectives import Cost, Network
 from cairn.plan.hardware import Hardware
-from cairn.plan.memory import Facts, Setting
+from cairn.plan.memory import PREFETCH, WHOLE_REDUCTION, Facts, Setting
 from cairn.train.engine_config import effective_stage
 
-COMPILED = 0.66
-"""Share of the peak that a wide, compiled model tends to. On H100 nanochat d24 (1,536 wide) and llm.c 1.56B (1,600)
-have about 50 %, a 124M (768) at 463k tokens/s 37 %."""
-EAGER = 0.8
-"""What is left of it without torch.compile: llm-foundry 1.3B (2,048 wide), 41.8 % on H100."""
-WIDTH = 450.0
-"""Width at which half of it is reached."""
-TOKENS = 1024.0
-"""Tokens of a micro-batch at which half of it is reached. Assumed."""
-CPU = 0.8
-"""Share of a CPU's measured matrix product that forward and backward reach. With the update, 8 layers of 512 then take
-2.5 s a step, as they did for docs/benchmarks.md."""
-LINK = 0.8
-"""Share of a link's rate that collectives reach. Assumed."""
+TOKENS = 1150.0
+"""Tokens of a micro-batch at which products reach half of what they do with many. Fitted."""
+ATTENTION = 0.5
+"""Rate of attention's products beside that of others. Assumed: a fused causal kernel reaches 300 to 400 TFLOP/s on an
+H100 where a plain product reaches 700."""
+PASSES = {False: 240.0, True: 100.0}
+"""How often a block moves an element of each token's width, forward and backward, in all that is no product, without
+and with torch.compile. Fitted; gaps between kernels are in it."""
+LOGITS = {False: 46.0, True: 12.0}
+"""Bytes that a score over the vocabulary moves, without and with torch.compile: counted in cairn/ops/losses.py."""
+LAUNCH = {False: 6e-4, True: 2e-4}
+"""Seconds that the host takes to launch a block's kernels, forward and backward. Assumed: 80 and 25 of 7 us."""
+CONTENTION = 0.25
+"""Seconds that computation loses for each that communication runs beside it and takes its SMs. Fitted."""
 TRAFFIC = 0.7
 """Share of a memory's bandwidth that elementwise kernels reach. Assumed."""
-HIDDEN = 0.5
-"""Share of its communication that stage 3 hides behind computation. Assumed; the other stages hide nothing here."""
 HOST = 100e9
 """Bytes/s of the host's memory, for an optimizer that is offloaded; its node's GPUs share it. Assumed."""
 PCIE = 25e9
@@ -43,6 +45,7 @@ class Speed:
 
     compute: float
     communication: float
+    """That does not hide behind computation."""
     update: float
     tokens: float
     """In a step."""
@@ -67,67 +70,126 @@ class Speed:
         return self.flops / self.seconds / self.peak
 
 
-def efficiency(config: PretrainConfig, micro_batch_size: int, gpu: Hardware) -> float:
-    """Share of the peak that forward and backward passes reach."""
-    if gpu.device == "cpu":
-        return CPU
-    width = float(config.model.d_model)
-    tokens = float(micro_batch_size * config.seq_len)
-    return COMPILED * (1.0 if config.engine.compile else EAGER) * width / (width + WIDTH) * tokens / (tokens + TOKENS)
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch of `tokens` through a model of so many blocks."""
+
+    tokens: int
+    layers: int
+    width: int
+    flops: float
+    """Of a token, forward and backward."""
+    attention: float
+    """Of these, attention's."""
+    loss: float
+    """Bytes that a token's loss moves."""
+    compiled: bool
+    recompute: float = 0.0
+    """Share of the forward pass that is done again in the backward pass."""
+    element: float = 2.0
+    """Bytes of an activation."""
+
+    def seconds(self, gpu: Hardware) -> tuple[float, float]:
+        """Of the forward and the backward pass; twice as much is computed in the latter."""
+        rate = gpu.peak * gpu.held
+        if gpu.device == "cpu":
+            whole = self.tokens * self.flops / rate
+        else:
+            rate *= self.tokens / (self.tokens + TOKENS)
+            products = (self.flops - self.attention + self.attention / ATTENTION) / rate
+            moved = self.layers * self.width * self.element * PASSES[self.compiled]
+            whole = self.tokens * (products + (moved + self.loss) / (TRAFFIC * gpu.bandwidth))
+            whole = max(whole, self.layers * LAUNCH[self.compiled])
+        return whole / 3, whole * (2 + self.recompute) / 3
+
+
+def exposed(costs: list[Cost], calls: int, computation: float) -> float:
+    """Seconds that collectives add to the computation that they run beside, in so many parts.
+
+    Bytes travel while it goes on, but those of the first part, which nothing is there to hide; and while they do, it
+    is slower by CONTENTION. Latency does not hide.
+    """
+    travel = sum(cost.travel for cost in costs)
+    hidden = min(travel * (1 - 1 / calls), computation)
+    return travel - (1 - CONTENTION) * hidden + sum(cost.latency for cost in costs)
+
+
+def sharded(
+    network: Network, weights: float, gradients: float, calls: int, passes: tuple[float, float], regather: bool
+) -> float:
+    """Seconds that a micro-batch loses to communication where weights are gathered as blocks need them.
+
+    `weights` and `gradients` in bytes; `passes`: seconds of forward and backward pass; `regather`: the backward pass
+    gathers again, as the weights of a block were dropped after its forward pass.
+    """
+    forward, backward = passes
+    gather, scatter = network.gather(weights, calls), network.gather(gradients, calls)
+    return exposed([gather], calls, forward) + exposed([gather] * regather + [scatter], calls, backward)
 
 
 def speed(config: PretrainConfig, facts: Facts, setting: Setting, gpu: Hardware, nodes: int, per_node: int) -> Speed:
     """A step of `config` changed to `setting` on nodes x per_node GPUs (or processes that share this CPU)."""
-    world = nodes * per_node
+    network = Network(gpu, nodes, per_node)
     tokens = float(config.train.global_batch_size * config.seq_len)
-    flops = tokens * facts.flops
-    ranks = 1 if gpu.device == "cpu" else world  # processes share the cores that were measured
-    compute = (
-        flops
-        * (4 / 3 if setting.recompute else 1.0)
-        / (ranks * gpu.peak * efficiency(config, setting.micro_batch_size, gpu))
-    )
-    micro_batches = config.train.global_batch_size // (setting.micro_batch_size * world)
+    micro_batches = config.train.global_batch_size // (setting.micro_batch_size * network.world)
+    ranks = network.world
+    if gpu.device == "cpu":  # processes share the cores that were measured
+        gpu, ranks = replace(gpu, peak=gpu.peak / ranks), 1
+    passes = work(config, facts, setting).seconds(gpu)
     return Speed(
-        compute,
-        _communication(config, facts, setting, gpu, nodes, per_node, micro_batches),
-        _update(config, facts, setting, gpu, world, per_node, micro_batches),
+        sum(passes) * micro_batches,
+        _communication(config, facts, setting, network, passes, micro_batches),
+        _update(config, facts, setting, network, micro_batches),
         tokens,
-        flops,
-        ranks * gpu.peak,
+        tokens * facts.flops,
+        network.gpu.peak * ranks,
     )
+
+
+def work(config: PretrainConfig, facts: Facts, setting: Setting) -> Work:
+    """A rank's micro-batch."""
+    model = config.model
+    return Work(
+        setting.micro_batch_size * config.seq_len,
+        model.n_layer + (model.decoder_layers if isinstance(model, Seq2SeqSection) else 0),
+        model.d_model,
+        facts.flops,
+        facts.attention,
+        facts.logits * LOGITS[config.engine.compile],
+        config.engine.compile,
+        float(setting.recompute),
+        _element(config),
+    )
+
+
+def _element(config: PretrainConfig) -> float:
+    return 4.0 if config.engine.precision == "fp32" else 2.0
 
 
 def _communication(
     config: PretrainConfig,
     facts: Facts,
     setting: Setting,
-    gpu: Hardware,
-    nodes: int,
-    per_node: int,
+    network: Network,
+    passes: tuple[float, float],
     micro_batches: int,
 ) -> float:
-    """Bytes that a GPU sends, over its slowest link. Gradients travel in fp32, weights in the compute precision."""
-    world = nodes * per_node
+    """Seconds that collectives add. Gradients travel in fp32, weights in the compute precision; but at stage 3
+    DeepSpeed, as it is configured here, does not communicate while it computes."""
     stage = effective_stage(config.engine.model_copy(update={"zero_stage": setting.stage}))
-    n, share = float(facts.parameters), (world - 1) / world
-    weights = (4.0 if config.engine.precision == "fp32" else 2.0) * n * share
-    gradients = 4.0 * n * share
-    if stage == 0:
-        sent = 2 * gradients
-    elif stage == 1:  # an all-reduce at the end of the step, then the new weights
-        sent = 2 * gradients + weights
-    elif stage == 2:  # DeepSpeed all-reduces buckets that belong to several ranks, after each micro-batch
-        sent = 2 * gradients * micro_batches + weights
-    else:  # weights that are more than stage 3 keeps are gathered for the backward pass again
-        sent = ((1 if n <= 1e9 else 2) * weights + gradients) * micro_batches * (1 - HIDDEN)
-    return sent / (LINK * (gpu.inter if nodes > 1 else gpu.intra))
+    n = float(facts.parameters)
+    weights, gradients = _element(config) * n, 4.0 * n
+    buckets = ceil(n / (WHOLE_REDUCTION if stage < 2 else PREFETCH))
+    if stage == 3:  # weights that are more than stage 3 keeps are gathered for the backward pass again
+        return micro_batches * sharded(network, weights, gradients, buckets, passes, n > 1e9)
+    reductions = micro_batches if stage == 2 else 1  # stage 2 all-reduces after each micro-batch
+    seconds = reductions * network.all_reduce(gradients, buckets).seconds
+    return seconds + (network.gather(weights, len(facts.groups)).seconds if stage else 0.0)  # the new weights
 
 
-def _update(
-    config: PretrainConfig, facts: Facts, setting: Setting, gpu: Hardware, world: int, per_node: int, micro_batches: int
-) -> float:
+def _update(config: PretrainConfig, facts: Facts, setting: Setting, network: Network, micro_batches: int) -> float:
     """The optimizer's memory traffic, and Muon's products."""
+    gpu, world = network.gpu, network.world
     stage = effective_stage(config.engine.model_copy(update={"zero_stage": setting.stage}))
     own = facts.parameters / (world if stage else 1)
     kept = facts.parameters / (world if stage >= 2 else 1)
@@ -135,7 +197,7 @@ def _update(
     accumulate, rest = 10.0 * kept * micro_batches + 16.0 * kept, 30.0 * own
     seconds = accumulate / (TRAFFIC * gpu.bandwidth)
     if config.engine.offload != "none" and gpu.device != "cpu":
-        seconds += rest * per_node / (TRAFFIC * HOST) + 6.0 * own / PCIE
+        seconds += rest * network.per_node / (TRAFFIC * HOST) + 6.0 * own / PCIE
     else:
         seconds += rest / (TRAFFIC * gpu.bandwidth)
     if isinstance(config.optim, MuonSection):
