@@ -159,7 +159,7 @@ def encode_unit(job: Job) -> UnitInfo:
 
 def _encode(job: Job, tokenizer: Tokenizer, held_out: "zstandard.ZstdCompressionWriter") -> UnitInfo:
     end = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.sep_id
-    ending = [] if end is None else [end]
+    ending = np.array([] if end is None else [end], np.int32)
     size = {"train": 0, "valid": 0}
     empty = 0
     source_hash = hashlib.sha256()
@@ -171,9 +171,8 @@ def _encode(job: Job, tokenizer: Tokenizer, held_out: "zstandard.ZstdCompression
         }
 
         def write(batch: list[tuple[str, str]]) -> None:
-            for (name, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-                ids.extend(ending)
-                writers[name].add(ids)
+            for (name, text), ids in zip(batch, tokenizer.encode_arrays([text for _, text in batch]), strict=True):
+                writers[name].add(np.concatenate([ids, ending]))
                 size[name] += len(text.encode())
                 if name == "valid":
                     held_out.write(json.dumps(text).encode() + b"\n")

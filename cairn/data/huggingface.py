@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from tokenizers import BertWordPieceTokenizer
 from tokenizers import Tokenizer as Backend
 
 from cairn.config.data import WordPieceSection
+from cairn.data.splitters import splitter_of
 from cairn.data.tokenizer import begins_word, cut, find_sentinels, save_template
+from cairn.data.words import Words, cut_at_space
 from cairn.errors import UserError
 
 PART = 1 << 20  # characters encoded at once
@@ -47,7 +49,11 @@ class HuggingFaceTokenizer:
         self.cls_id = self._id("cls")
         self.sep_id = self._id("sep")
         self.sentinel_ids = find_sentinels(backend.token_to_id)
-        self.fingerprint = hashlib.sha256(json.dumps([backend.to_str(), named], sort_keys=True).encode()).hexdigest()
+        state = backend.to_str()
+        self.fingerprint = hashlib.sha256(json.dumps([state, named], sort_keys=True).encode()).hexdigest()
+        splitter = splitter_of(backend, json.loads(state))
+        self._words = None if splitter is None else Words(splitter, self._encode_whole)
+        self._cut = cut if splitter is None else cut_at_space
 
     def _id(self, kind: str) -> int | None:
         names = (self._named[kind],) if kind in self._named else NAMES[kind]
@@ -60,18 +66,26 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
-        parts = [cut(text, PART) for text in texts]
-        encoded = iter(
-            self._backend.encode_batch_fast([part for text in parts for part in text], add_special_tokens=False)
-        )
-        return [[i for _ in text for i in next(encoded).ids] for text in parts]
+        parts = [self._cut(text, PART) for text in texts]
+        found = self._encode_whole([part for text in parts for part in text])
+        return [[i for _ in text for i in next(found)] for text in parts]
+
+    def _encode_whole(self, texts: list[str]) -> Iterator[list[int]]:
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return (one.ids for one in encoded)
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Ids of several texts as arrays; many times faster where the tokenizer is one that `splitter_of` knows."""
+        if self._words is None:
+            return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
+        return self._words.encode([cut_at_space(text, PART) for text in texts])
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the characters of each; accents that a piece drops may be left out."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
-        for part in cut(text, PART):
+        for part in self._cut(text, PART):
             found = self._backend.encode(part, add_special_tokens=False)
             ids += found.ids
             offsets += [(at + begin, at + end) for begin, end in found.offsets]

@@ -13,17 +13,22 @@ from numpy.typing import NDArray
 
 from cairn.config.data import SentencePieceSection
 from cairn.data.shards import temporary
+from cairn.data.splitters import spaces_splitter
 from cairn.data.tokenizer import SPECIALS, begins_word, cut, find_sentinels, save_template
+from cairn.data.words import Words
 from cairn.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's own stand-in for a space, so a real U+2581 needs care
 BLOCK = 4096  # characters of text that the trainer takes as one sentence
 PART = 65_536  # characters encoded at once
-CACHE = 1 << 18  # words whose ids are remembered
 # Ways to part a text into words, each with the run of spaces before it: letters and the rest apart, or by spaces alone.
 # Every character is in a word. If every piece of a model is a whole word of one of these, no piece crosses the
-# border of two, so words encode one by one as they would together, and their ids can be remembered.
-WORDS = (re.compile(r" *(?:[^\W\d_]+|(?:[^\w ]|[\d_])+)| +"), re.compile(r" *[^ ]+| +"))
+# border of two, so words encode one by one as they would together, and their ids can be remembered. With each way, what
+# it takes for a letter.
+WORDS = (
+    (re.compile(r" *(?:[^\W\d_]+|(?:[^\w ]|[\d_])+)| +"), re.compile(r"[^\W\d_]")),
+    (re.compile(r" *[^ ]+| +"), re.compile(r"[^ ]")),
+)
 
 
 def train_sentencepiece(texts: Iterable[str], section: SentencePieceSection, folder: Path) -> None:
@@ -106,10 +111,11 @@ class SentencePieceTokenizer:
         self.sep_id = self._id("<sep>", "[SEP]")
         self.sentinel_ids = find_sentinels(self._id)
         self.chat_template: str | None = None
-        self._cache: dict[str, list[int]] = {}
         probe = "  a \ufb01  e\u0301\n\t x\r\n "
         self._exact = self._spm.decode(self._spm.encode(probe)) == probe
-        self._words = next(filter(self._keeps_apart, WORDS), None) if self._exact else None
+        letters = (letter for words, letter in WORDS if self._exact and self._keeps_apart(words))
+        splitters = (spaces_splitter(letter, alone=SPACE) for letter in letters)
+        self._words = next((Words(splitter, self._encode_words) for splitter in splitters), None)
         self._escaped = [self._spm.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def _id(self, *names: str) -> int | None:
@@ -132,24 +138,25 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
+        if self._words is not None:
+            return [ids.tolist() for ids in self.encode_arrays(texts)]
         return [list(chain.from_iterable(map(self._encode_part, cut(text, PART)))) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Ids of several texts as arrays; faster where words encode one by one as they would together."""
+        if self._words is None:
+            return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
+        return self._words.encode([cut(text, PART) for text in texts])
+
+    def _encode_words(self, words: list[str]) -> Iterator[list[int]]:
+        return map(self._encode_part, words)
 
     def _encode_part(self, text: str) -> list[int]:
         if self._exact and SPACE in text:  # as bytes, else it would come back as a space
             first, *rest = (self._encode_part(part) for part in text.split(SPACE))
             return first + [i for ids in rest for i in (*self._escaped, *ids)]
-        if self._words is None:
-            plain: list[int] = self._spm.encode(text)
-            return plain
-        words = self._words.findall(text)
-        cache = self._cache
-        missing = [word for word in set(words) if word not in cache]
-        if missing:
-            if len(cache) > CACHE:
-                cache.clear()
-                missing = list(set(words))
-            cache.update(zip(missing, self._spm.encode(missing, num_threads=1), strict=True))
-        return list(chain.from_iterable(map(cache.__getitem__, words)))
+        ids: list[int] = self._spm.encode(text)
+        return ids
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the characters of each."""

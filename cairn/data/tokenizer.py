@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
         """Ids of several texts, faster than one by one."""
         ...
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """What `encode_batch` gives as arrays (ids,): the way to encode a corpus, slow to begin and then fast."""
+        ...
+
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """What `encode` gives, and the characters of the text [begin, end) that each id stands for.
 
@@ -90,12 +94,15 @@ class BytesTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Byte values of the UTF-8 text, shifted past the special tokens."""
-        ids: list[int] = (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)).tolist()
-        return ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each."""
-        return [self.encode(text) for text in texts]
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """`encode` of each, as arrays."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS) for text in texts]
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Each byte with its character."""

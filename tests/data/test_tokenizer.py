@@ -70,6 +70,7 @@ def test_any_text_comes_back(kind: str, trained: Path, tmp_path: Path) -> None:
         assert not tokenizer.special_ids() & set(found), text
         assert not found or max(found) < tokenizer.vocab_size
     assert [tokenizer.encode(text) for text in texts[:50]] == ids[:50]
+    assert [found.tolist() for found in tokenizer.encode_arrays(texts)] == ids
 
 
 def test_remembered_words_are_encoded_as_sentencepiece_would(trained: Path) -> None:
@@ -77,7 +78,7 @@ def test_remembered_words_are_encoded_as_sentencepiece_would(trained: Path) -> N
     assert tokenizer._words is not None
     for text in [*TEXTS, *random_texts(300)]:
         text = text.replace("▁", "")[:60_000]
-        assert tokenizer.encode(text) == tokenizer._spm.encode(text)
+        assert tokenizer.encode_arrays([text])[0].tolist() == tokenizer._spm.encode(text)
 
 
 def test_special_tokens_and_compression(trained: Path) -> None:
