@@ -1,9 +1,9 @@
-"""`make bench`: every measurement, each in a process of its own, one after the other. About 15 minutes on two cores."""
+"""`make bench`: every measurement, each in a process of its own, one after the other. About 20 minutes on two cores."""
 
 import subprocess
 import sys
 
-MODULES = ("startup", "order", "prepare", "goodput", "survive", "train_speed", "generate")
+MODULES = ("startup", "order", "prepare", "tokenize", "goodput", "survive", "train_speed", "generate")
 
 
 def main() -> None:
