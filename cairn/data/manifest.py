@@ -113,7 +113,7 @@ class Manifest(Record):
     tokenizer: TokenizerInfo
     sources: list[SourceInfo]
     baselines: dict[str, float]
-    """Bits per byte of `gzip` -9 and `xz` -9 on the held-out text (its first MiB); empty when there is no text."""
+    """Bits per byte of `gzip` -9 and `xz` -9 on the held-out text (its first 16 MiB); empty when there is no text."""
     seconds: float
     """What preparing took."""
 
