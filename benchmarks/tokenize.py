@@ -1,12 +1,13 @@
 """Tokenising and packing beside `transformers` with `datasets.map`: megabytes a second of one core, peak memory, ids.
 
-    python -m benchmarks.tokenize [--tokenizer FOLDER ...] [--source SOURCE] [--rounds 3]
+    python -m benchmarks.tokenize [--tokenizer FOLDER ...] [--source SOURCE] [--copies 1 4] [--rounds 3]
 
-Both read the same JSON lines: the source's documents, once and four times over (copies get a line of their own). The
+Both read the same JSON lines: the source's documents, once or several times over (copies get a line of their own). The
 peer is a fast tokenizer in `load_dataset("json").map(tokenize, batched=True)` and the usual second `map` that cuts all
-ids into rows; ours is `cairn prepare`, with held-out text, hashes and baselines. One thread each, in turn, each in a
-process of its own, whose processor time without imports is what counts. It is checked that the ids of every document
-are the same. The larger corpus is for memory, and measured once.
+ids into rows; ours is `cairn prepare`, which reads, splits, hashes, writes and syncs. Its gzip and xz of the held-out
+text, of which there are 16 MiB at most, is told apart, in a row of its own. One thread each, in turn, each in a process
+of its own, whose processor time without imports is what counts. It is checked that the ids of every document are the
+same. Copies are for memory and measured once: a word of theirs is not new, so of speed they would say too much.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -26,20 +28,20 @@ from typing import Any
 import numpy as np
 
 from cairn.config.data import DataSection, TokenizerFileSection, WordPieceSection
+from cairn.data import baselines
 from cairn.data.corpus import documents, list_source
 from cairn.data.prepare import open_prepared, prepare
 from cairn.data.tokenizer import load_tokenizer
 
 SYSTEMS = ("transformers", "cairn")
-COPIES = (1, 4)
 ROW = 1024
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def write_corpus(source: str, folder: Path) -> int:
-    """The documents as JSON lines, in as many files as COPIES says at most; bytes of text in one of them."""
+def write_corpus(source: str, folder: Path, copies: int) -> int:
+    """The documents as JSON lines, in as many files as there are copies; bytes of text in one of them."""
     size = 0
-    files = [(folder / f"{copy}.jsonl").open("w") for copy in range(max(COPIES))]
+    files = [(folder / f"{copy}.jsonl").open("w") for copy in range(copies)]
     for text in chain.from_iterable(documents(part, "text") for part in list_source(source).files):
         for copy, file in enumerate(files):
             file.write(json.dumps({"text": f"{text}\n# {copy}\n"}) + "\n")
@@ -96,7 +98,17 @@ def ours(files: list[str], tokenizer: Path, work: Path) -> tuple[Callable[[], Pa
 
 
 def measure(system: str, files: list[str], tokenizer: Path) -> None:
-    """In a fresh process: print seconds of a processor, peak MB and the digest of the ids."""
+    """In a fresh process: print seconds of a processor, those of them for baselines, peak MB, the digest of the ids."""
+    compressing, compress = 0.0, baselines.bits_per_byte
+
+    def timed(texts: Iterable[str]) -> dict[str, float]:
+        nonlocal compressing
+        started = time.process_time()
+        found = compress(texts)
+        compressing = time.process_time() - started
+        return found
+
+    baselines.bits_per_byte = timed
     with tempfile.TemporaryDirectory() as work:
         run, of = (peer if system == "transformers" else ours)(files, tokenizer, Path(work))
         before = os.times()
@@ -104,7 +116,7 @@ def measure(system: str, files: list[str], tokenizer: Path) -> None:
         seconds = sum(os.times()[:4]) - sum(before[:4])
         # not getrusage: a child begins with its parent's peak
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        print(json.dumps([seconds, int(peak[1]) / 1000 if peak else None, of(made)]))
+        print(json.dumps([seconds, compressing, int(peak[1]) / 1000 if peak else None, of(made)]))
 
 
 def main() -> None:
@@ -114,42 +126,48 @@ def main() -> None:
         "--tokenizer", nargs="+", type=Path, help="what tokenizer.path may be; default: WordPiece, made"
     )
     parser.add_argument("--source", default="stdlib", help="what data.source may be; default: stdlib")
+    parser.add_argument("--copies", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     print("| tokenizer | system | corpus, MB | MB/s per core, median (range) | times the peer | peak memory, MB |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_corpus(options.source, folder)
+        size = write_corpus(options.source, folder, max(options.copies))
         if not options.tokenizer:
             made = prepare(DataSection(source=options.source, dir=str(folder / "data")), WordPieceSection())
             options.tokenizer = [(made / "tokenizer").rename(folder / "WordPiece")]
         for path in options.tokenizer:
             load_tokenizer(path).save(folder / path.stem)
-            for copies in COPIES:
+            for copies in options.copies:
                 files = [str(folder / f"{copy}.jsonl") for copy in range(copies)]
                 rounds = options.rounds if copies == 1 else 1
-                compare(path.stem, folder / path.stem, files, copies * size / 1e6, rounds)
+                compare(path.stem, folder / path.stem, files, copies * size / 1e6, rounds, timed=copies == 1)
 
 
-def compare(label: str, tokenizer: Path, files: list[str], size: float, rounds: int) -> None:
-    """Both systems on one corpus, in turn: two rows of the table."""
-    found: dict[str, list[tuple[float, float, str]]] = {system: [] for system in SYSTEMS}
+def compare(label: str, tokenizer: Path, files: list[str], size: float, rounds: int, timed: bool) -> None:
+    """Both systems on one corpus, in turn: three rows of the table, with speeds if `timed`."""
+    found: dict[str, list[tuple[float, float, float, str]]] = {system: [] for system in SYSTEMS}
     for _ in range(rounds):
         for system in SYSTEMS:
             command = [sys.executable, "-m", "benchmarks.tokenize", "--worker", system, str(tokenizer), *files]
             environment = os.environ | ONE_THREAD
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             found[system].append(json.loads(done.stdout.splitlines()[-1]))
-    if len({ids for runs in found.values() for _, _, ids in runs}) > 1:
+    if len({ids for runs in found.values() for *_, ids in runs}) > 1:
         sys.exit(f"error: {label}: the two do not give the same ids")
-    base = statistics.median(seconds for seconds, _, _ in found[SYSTEMS[0]])
-    for system, runs in found.items():
-        speeds = sorted(size / seconds for seconds, _, _ in runs)
-        times = base / statistics.median(seconds for seconds, _, _ in runs)
-        peak = statistics.median(peak for _, peak, _ in runs)
+    theirs, ours = (found[system] for system in SYSTEMS)
+    base = statistics.median(seconds for seconds, *_ in theirs)
+    for system, runs, spent in (
+        ("transformers, datasets.map", theirs, [seconds for seconds, *_ in theirs]),
+        ("cairn", ours, [seconds - compressing for seconds, compressing, *_ in ours]),
+        ("cairn with its baselines", ours, [seconds for seconds, *_ in ours]),
+    ):
+        peak = statistics.median(peak for *_, peak, _ in runs)
+        speeds = sorted(size / seconds for seconds in spent)
         speed = f"{statistics.median(speeds):.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f})"
-        print(f"| {label} | {system} | {size:.1f} | {speed} | {times:.1f} | {peak:,.0f} |", flush=True)
+        speed += f" | {base / statistics.median(spent):.1f}"
+        print(f"| {label} | {system} | {size:.1f} | {speed if timed else '|'} | {peak:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":
