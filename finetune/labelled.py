@@ -64,8 +64,8 @@ class Labelled(Finetune):
 
     def forward(self, model: nn.Module | Engine, batch: Batch) -> Tensor:
         """(B, K) outputs."""
-        at = batch["first"] if self.frame.begin else batch["last"]
-        outputs: Tensor = model(batch["input_ids"], batch["segment_ids"], batch["document_ids"], batch["positions"], at)
+        keys = ("input_ids", "segment_ids", "document_ids", "positions", "first", "last")
+        outputs: Tensor = model(*(batch[key] for key in keys))
         return outputs.float()
 
 

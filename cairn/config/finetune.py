@@ -1,22 +1,21 @@
 """The sections of `cairn finetune`: what is begun from, the examples, the task, which weights train."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cairn.config.base import Section
 from cairn.config.data import ObjectiveSection
 from cairn.config.table import TableFormat
-from cairn.config.train import AdamWSection, Betas, MuonSection, ScheduleSection, TrainSection
 
 
 @dataclass(frozen=True)
 class Head:
     """What is put on a model's hidden states."""
 
-    kind: Literal["sequence", "token"]
-    """One output a text (of [CLS], or of a decoder's last token), or one a token."""
+    kind: Literal["sequence", "mean", "token"]
+    """One output a text: of its [CLS], or a decoder's last token; of the mean over its tokens; or one a token."""
     n_out: int
     """Numbers in an output."""
 
@@ -55,6 +54,12 @@ class LabelledText(Section):
     """Column of the text."""
     text_pair: str | None = None
     """Column of a second text; empty: there is none."""
+    pooling: Literal["token", "mean"] = "token"
+    """What is read: [CLS], or a decoder's last token; or the mean over all tokens, which transformers has no class for."""
+
+    def pooled(self, n_out: int) -> Head:
+        """The head, with so many outputs."""
+        return Head("mean" if self.pooling == "mean" else "sequence", n_out)
 
 
 class ClassifySection(LabelledText):
@@ -71,7 +76,7 @@ class ClassifySection(LabelledText):
     @property
     def head(self) -> Head:
         """An output a class."""
-        return Head("sequence", len(self.labels))
+        return self.pooled(len(self.labels))
 
 
 class RegressSection(LabelledText):
@@ -84,7 +89,7 @@ class RegressSection(LabelledText):
     @property
     def head(self) -> Head:
         """One output."""
-        return Head("sequence", 1)
+        return self.pooled(1)
 
 
 class MultilabelSection(LabelledText):
@@ -103,7 +108,7 @@ class MultilabelSection(LabelledText):
     @property
     def head(self) -> Head:
         """An output a class."""
-        return Head("sequence", len(self.labels))
+        return self.pooled(len(self.labels))
 
 
 class TagSection(Section):
@@ -276,41 +281,3 @@ class LoRASection(Section):
 
 
 TuneSection = Annotated[FullSection | FrozenSection | LoRASection, Field(discriminator="name")]
-
-
-class FinetuneOptimSection(AdamWSection):
-    """AdamW as BERT is fine-tuned with."""
-
-    lr: float = Field(5e-5, gt=0)
-    betas: Betas = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
-
-
-FinetuneOptim = Annotated[FinetuneOptimSection | MuonSection, Field(discriminator="name")]
-
-
-class FinetuneScheduleSection(ScheduleSection):
-    """Linear to nothing, as BERT is fine-tuned with."""
-
-    name: Literal["cosine", "linear", "wsd", "constant"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    warmup_ratio: float | None = Field(0.06, ge=0, lt=1)
-    """Share of the run that warms up, where warmup_steps is 0."""
-    min_ratio: float = Field(0.0, ge=0, le=1)
-
-
-class FinetuneTrainSection(TrainSection):
-    """Length and rhythm of the loop."""
-
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the training examples, which then decide `steps`."""
-    evals: int | None = Field(None, ge=1)
-    """Evaluations, spread evenly over the run, which then decide `eval_every`."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.micro_batch_size > self.global_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} is more than global_batch_size {self.global_batch_size}"
-            )
-        return self

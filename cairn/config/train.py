@@ -1,8 +1,8 @@
 """The sections of how a run trains: `optim`, `schedule`, `engine`, `train`, `checkpoint`, `track`, `run`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cairn.config.base import Section
 
@@ -176,3 +176,41 @@ class RunSection(Section):
     """Name of the run and of its folder."""
     dir: str = "runs"
     """Folder of run folders."""
+
+
+class FinetuneOptimSection(AdamWSection):
+    """AdamW as BERT is fine-tuned with."""
+
+    lr: float = Field(5e-5, gt=0)
+    betas: Betas = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+FinetuneOptim = Annotated[FinetuneOptimSection | MuonSection, Field(discriminator="name")]
+
+
+class FinetuneScheduleSection(ScheduleSection):
+    """Linear to nothing, as BERT is fine-tuned with."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float | None = Field(0.06, ge=0, lt=1)
+    """Share of the run that warms up, where warmup_steps is 0."""
+    min_ratio: float = Field(0.0, ge=0, le=1)
+
+
+class FinetuneTrainSection(TrainSection):
+    """Length and rhythm of the loop."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training examples, which then decide `steps`."""
+    evals: int | None = Field(None, ge=1)
+    """Evaluations, spread evenly over the run, which then decide `eval_every`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.micro_batch_size > self.global_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} is more than global_batch_size {self.global_batch_size}"
+            )
+        return self

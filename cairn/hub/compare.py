@@ -62,8 +62,8 @@ def _headed(model: Headed, theirs: Any, ids: Tensor, segments: Tensor) -> Iterat
     together = _outputs(theirs, ids, segments, text.long())
     for row, n in enumerate(text.sum(1).tolist()):
         alone, segment = ids[row : row + 1, :n], segments[row : row + 1, :n]
-        place = None if model.kind == "token" else torch.tensor([0 if model.pooler is not None else n - 1])
-        ours = model(alone, segment, at=place)[0]
+        places = {} if model.kind == "token" else {"first": torch.tensor([0]), "last": torch.tensor([n - 1])}
+        ours = model(alone, segment, **places)[0]
         yield ours, _outputs(theirs, alone, segment, torch.ones_like(alone))[0]
         yield ours, together[row, :n] if model.kind == "token" else together[row]
 

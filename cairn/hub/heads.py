@@ -25,6 +25,8 @@ def head_counterpart(family: ModuleType, model: Headed, task: TaskSection) -> tu
 
     Raises UserError for a task that transformers has no head for.
     """
+    if model.kind == "mean":
+        raise UserError("transformers has no head on the mean over tokens: task.pooling mean cannot be exported")
     kind = KINDS.get(task.name, "SequenceClassification")
     architecture = f"{family.NAME}For{kind}"
     if task.name == "choice" and family.NAME != "Bert":

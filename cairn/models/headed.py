@@ -1,5 +1,6 @@
 """A GPT or BERT whose language-model heads have given way to the head of a task."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,8 +14,8 @@ from cairn.models.transformer import Transformer
 class Headed(Transformer):
     """Outputs of a text or of its tokens, as `transformers`' AutoModelForSequenceClassification and its kin give them.
 
-    Of a text: from its [CLS] through the pooler, or from a decoder's last token. Names of parameters are those of the
-    language model, so that its weights fit; only `head` is new.
+    Of a text: from its [CLS] through the pooler, from a decoder's last token, or from the mean over its tokens. Names
+    of parameters are those of the language model, so that its weights fit; only `head` is new.
     """
 
     def __init__(self, section: TransformerSection, vocab_size: int, head: Head) -> None:
@@ -32,15 +33,29 @@ class Headed(Transformer):
         segment_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
-        at: Tensor | None = None,
+        first: Tensor | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
-        """All (R, C): rows of texts. Outputs (R, C, K) of every token; or with `at` (B,), places in the flattened rows,
-        those of B texts (B, K)."""
+        """All (R, C): rows of texts. Outputs (R, C, K) of every token; or, with the places (B,) in the flattened rows
+        of the first and last tokens of B texts, those of the texts (B, K)."""
         x = self.hidden(input_ids, segment_ids, document_ids=document_ids, positions=positions)
-        if at is not None:
-            x = x.flatten(0, 1)[at]
-            x = self.pooler(x[:, None]) if self.pooler is not None else x
+        if first is not None and last is not None:
+            x = x.flatten(0, 1)
+            if self.kind == "mean":
+                x = _means(x, first, last)
+            else:
+                x = x[last] if self.pooler is None else self.pooler(x[first][:, None])
         return self.head(F.dropout(x, self.section.dropout, self.training))  # type: ignore[no-any-return]
+
+
+def _means(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """(N, D) -> (B, D): the mean over places first to last of each of B texts, none of which overlap."""
+    order = first.argsort()
+    places = torch.arange(len(x), device=x.device)
+    owner = order[(torch.searchsorted(first[order], places, right=True) - 1).clamp(min=0)]
+    within = (places >= first[owner]) & (places <= last[owner])
+    size = (last - first + 1)[:, None].to(x.dtype)
+    return torch.zeros_like(x[: len(first)]).index_add(0, owner, x * within[:, None]) / size
 
 
 def prepare_tuning(model: nn.Module, tune: TuneSection) -> None:

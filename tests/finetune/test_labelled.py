@@ -11,6 +11,9 @@ import torch
 from cairn.cluster import Cluster
 from cairn.data.tokenizer import BytesTokenizer
 from cairn.errors import UserError
+from cairn.hub import bert
+from cairn.hub.heads import head_counterpart
+from cairn.models.headed import Headed
 from cairn.train.checkpoint import folder_of, steps_in
 from cairn.train.outcome import Outcome
 from cairn.train.run import load_model
@@ -32,9 +35,12 @@ def data(folder: Path, n: int = 240) -> list[str]:
     return [f"data.train={train}", f"data.valid={valid}"]
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
-def test_it_learns_from_a_run_of_either_kind(kind: str, tmp_path: Path, bases: dict[str, Path], finetune: Run) -> None:
+@pytest.mark.parametrize(("kind", "pooling"), [("bert", "token"), ("gpt", "token"), ("bert", "mean")])
+def test_it_learns_from_a_run_of_either_kind(
+    kind: str, pooling: str, tmp_path: Path, bases: dict[str, Path], finetune: Run
+) -> None:
     keys = [*data(tmp_path), *QUICK, f"base.path={bases[kind]}", "train.epochs=6", "train.evals=3", "base.dropout=0"]
+    keys += [f"task.pooling={pooling}"]
     outcome = finetune(*keys)
     assert outcome.step == 6 * 240 // 16
     assert outcome.best is not None
@@ -53,13 +59,31 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, bases: dict[str, Path],
     assert [row["loss"] for row in again.folder.rows() if "loss" in row] == straight
 
 
-def test_packed_texts_have_the_outputs_they_have_alone(tmp_path: Path, one: Cluster, bases: dict[str, Path]) -> None:
-    for kind in ("bert", "gpt"):
-        task = make_task(config_of(tmp_path, *data(tmp_path, 40), f"base.path={bases[kind]}"), one)
-        model = task.models()["model"]
-        together = outputs_of(task, model, task.examples["valid"], 64)
-        alone = outputs_of(task, model, task.examples["valid"], 1)
-        np.testing.assert_allclose(together, alone, atol=1e-5)
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_packed_texts_have_the_outputs_they_have_alone(
+    kind: str, pooling: str, tmp_path: Path, one: Cluster, bases: dict[str, Path]
+) -> None:
+    keys = [*data(tmp_path, 40), f"base.path={bases[kind]}", f"task.pooling={pooling}"]
+    task = make_task(config_of(tmp_path, *keys), one)
+    model = task.models()["model"]
+    together = outputs_of(task, model, task.examples["valid"], 64)
+    alone = outputs_of(task, model, task.examples["valid"], 1)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_the_mean_is_that_over_a_texts_tokens(tmp_path: Path, one: Cluster, bases: dict[str, Path]) -> None:
+    task = make_task(config_of(tmp_path, *data(tmp_path, 40), f"base.path={bases['bert']}", "task.pooling=mean"), one)
+    model = task.models()["model"].eval()
+    assert isinstance(model, Headed)
+    examples = task.examples["valid"][:9]
+    for example, output in zip(examples, outputs_of(task, model, examples, 9), strict=True):
+        ids = torch.from_numpy(example.item["input_ids"])[None]
+        with torch.no_grad():
+            expected = model.head(model.hidden(ids, torch.zeros_like(ids)).mean(1))[0]
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"task\.pooling mean cannot be exported"):
+        head_counterpart(bert, model, task.section)
 
 
 def test_the_best_checkpoint_is_kept_and_used_and_patience_ends_the_run(tmp_path: Path, finetune: Run) -> None:
