@@ -1,90 +1,120 @@
-"""Tokens/s of an 8-layer, 512-wide GPT through our trainer, two bare loops, and the Trainer of `transformers`.
+"""Tokens/s of a GPT through our trainer, two bare loops, and the Trainer of `transformers`, compiled and not.
 
-    python -m benchmarks.train_speed [--rounds 3] [--steps 8] [--systems cairn,bare,plain-compiled,transformers]
+    python -m benchmarks.train_speed [--shape 8x512] [--rounds 3] [--steps 8] [--systems cairn,plain-compiled]
 
 Each measurement is a process of its own; a round runs every system once, in turn, so that a machine that changes its
 speed changes it for all. A reference matrix product is timed in every process: `peak` is the best product of the same
 process and `of peak` the model's FLOP/s over it. Every side gets the same shapes, data, fused AdamW and allocator
-settings, and computes in bf16, or in fp32 on a CPU that emulates bf16.
+settings, and computes in bf16, or in fp32 on a CPU that emulates bf16. Their losses stand beside, first to last. On a
+GPU, which shapes 1.3b and 124m-gpu are for, ours is compiled too.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.peers import WARMUP, device, trainer_steps
+from benchmarks.rounds import Measured, median_range, run_rounds
 
 if TYPE_CHECKING:
     from cairn.data.batches import Batch
 
-SHAPE = {"n_layer": 8, "n_head": 8, "d_model": 512, "max_seq_len": 512, "vocab_size": 8192}
-BATCH, WARMUP = 8, 3
 CONFIG = "configs/pretrain/bench-8x512.yaml"
 
 
-def overrides(steps: int, folder: str) -> list[str]:
-    """Config overrides of a measured run."""
-    return [f"train.steps={steps + WARMUP}", f"run.dir={folder}", "track.progress=false"]
+@dataclass(frozen=True)
+class Shape:
+    """A GPT and its batches."""
+
+    n_layer: int
+    n_head: int
+    d_model: int
+    seq_len: int
+    vocab_size: int
+    micro_batch_size: int
+    grad_accum: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Samples of a step."""
+        return self.micro_batch_size * self.grad_accum
+
+    def overrides(self) -> list[str]:
+        """Of CONFIG."""
+        model = [f"model.{key}={getattr(self, key)}" for key in ("n_layer", "n_head", "d_model", "vocab_size")]
+        sizes = [f"train.global_batch_size={self.batch}", f"train.micro_batch_size={self.micro_batch_size}"]
+        compiled = ["engine.compile=true"] if device().type == "cuda" else []
+        return [*model, f"model.max_seq_len={self.seq_len}", *sizes, *compiled]
 
 
-def run_cairn(steps: int) -> dict[str, float]:
+SHAPES = {
+    "8x512": Shape(8, 8, 512, 512, 8192, 8),
+    "124m": Shape(12, 12, 768, 1024, 50304, 2),
+    "124m-gpu": Shape(12, 12, 768, 1024, 50304, 32, 8),
+    "1.3b": Shape(24, 16, 2048, 2048, 50304, 8, 8),
+}
+
+
+def run_cairn(shape: Shape, steps: int) -> Measured:
     """Our trainer, as a user runs it; per-step times from its own metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pretrain", CONFIG, *overrides(steps, folder)]
+        command = [sys.executable, "-m", "pretrain", CONFIG, *shape.overrides()]
+        command += [f"train.steps={steps + WARMUP}", f"run.dir={folder}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in next(Path(folder).glob("*/metrics.jsonl")).read_text().splitlines()]
-    rows = [row for row in rows if "tokens_per_s" in row][WARMUP:]
+    rows = [row for row in rows if "tokens_per_s" in row]
     return {
-        "seconds": statistics.median(row["step_seconds"] for row in rows),
+        "seconds": statistics.median(row["step_seconds"] for row in rows[WARMUP:]),
         "peak": rows[-1]["flops_per_s"] / rows[-1]["mfu"],
+        "first": rows[0]["loss"],
         "loss": rows[-1]["loss"],
     }
 
 
-def _samples() -> tuple[Any, Any]:
+def _samples(shape: Shape) -> tuple[Any, Any]:
     from cairn.config.load import load
     from cairn.config.schema import PretrainConfig
     from cairn.data.prepare import open_prepared, prepare
-    from cairn.plan.hardware import settled_for
+    from cairn.plan.hardware import here, settled_for
     from cairn.train.language_model import LanguageModel
 
-    config = settled_for("cpu", load(PretrainConfig, Path(CONFIG), []))
+    config = settled_for(here(), load(PretrainConfig, Path(CONFIG), shape.overrides()))
     return config, LanguageModel(config, open_prepared(prepare(config.data, config.tokenizer)))
 
 
-def _timed(config: Any, task: Any, steps: int, step: "Callable[[Batch], float]") -> dict[str, float]:
-    """Median seconds of `step`, which trains on a batch and returns its loss, after the warmup."""
-    import torch
-
+def _timed(shape: Shape, config: Any, task: Any, steps: int, step: "Callable[[list[Batch]], float]") -> Measured:
+    """Median seconds of `step`, which trains on micro-batches and returns their loss, after the warmup."""
     from cairn.data.batches import Loader
     from cairn.train.engine import DTYPES
     from cairn.train.peak import matmul_peak
 
-    loader = Loader(task.samples("train"), BATCH, BATCH)
-    peak, times, loss = matmul_peak(torch.device("cpu"), DTYPES[config.engine.precision]), [], 0.0
+    loader, where = Loader(task.samples("train"), shape.batch, shape.micro_batch_size), device()
+    peak, times, losses = matmul_peak(where, DTYPES[config.engine.precision]), [], []
     for number in range(steps + WARMUP):
         start = time.perf_counter()
-        (batch,) = loader.step(number)
-        loss = step(batch)
+        batches = [{key: value.to(where) for key, value in batch.items()} for batch in loader.step(number)]
+        losses.append(step(batches))
         times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times[WARMUP:]), "peak": peak, "loss": loss}
+    return {"seconds": statistics.median(times[WARMUP:]), "peak": peak, "first": losses[0], "loss": losses[-1]}
 
 
-def run_bare(steps: int) -> dict[str, float]:
+def run_bare(shape: Shape, steps: int) -> Measured:
     """The same model and optimizer in the shortest loop: fp32 masters of its weights, clipping, fused AdamW."""
     import torch
 
     from cairn.train.engine import DTYPES
 
-    config, task = _samples()
+    config, task = _samples(shape)
     torch.manual_seed(config.seed)
-    model = task.models()["model"]
+    model = task.models()["model"].to(device())
     masters = [p.detach().clone() for p in model.parameters()]
     model.to(DTYPES[config.engine.precision]).train()
     optim = config.optim
@@ -92,9 +122,12 @@ def run_bare(steps: int) -> dict[str, float]:
         masters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
 
-    def step(batch: "Batch") -> float:
-        total = task.loss_sums(model, batch)["loss"] / task.weights(batch)["loss"]
-        total.backward()
+    def step(batches: "list[Batch]") -> float:
+        weight, total = shape.batch * shape.seq_len, 0.0
+        for batch in batches:
+            loss = task.loss_sums(model, batch)["loss"] / weight
+            loss.backward()
+            total = total + loss.detach()
         for master, p in zip(masters, model.parameters(), strict=True):
             master.grad, p.grad = p.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, optim.grad_clip)
@@ -104,82 +137,46 @@ def run_bare(steps: int) -> dict[str, float]:
                 p.copy_(master)
         return float(total)
 
-    return _timed(config, task, steps, step)
+    return _timed(shape, config, task, steps, step)
 
 
-def run_transformers(steps: int, compiled: bool = False) -> dict[str, float]:
+def run_transformers(shape: Shape, steps: int, compiled: bool = False) -> Measured:
     """GPT2LMHeadModel under `transformers.Trainer`, autocast, fused AdamW, sdpa attention."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    from cairn.train.engine import DTYPES
-    from cairn.train.peak import matmul_peak
-
-    config, task = _samples()
+    config, task = _samples(shape)
     samples = task.samples("train")
 
-    class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-        def __len__(self) -> int:
-            return BATCH * (steps + WARMUP)
-
-        def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
-            ids = torch.from_numpy(samples.item(k)["input_ids"].astype("int64"))
-            return {"input_ids": ids, "labels": ids}
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.perf_counter() - self.start)
+    def row(k: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(samples.item(k)["input_ids"].astype("int64"))
+        return {"input_ids": ids, "labels": ids}
 
     torch.manual_seed(config.seed)
-    shape = GPT2Config(
-        n_layer=SHAPE["n_layer"],
-        n_head=SHAPE["n_head"],
-        n_embd=SHAPE["d_model"],
-        n_positions=SHAPE["max_seq_len"],
-        vocab_size=SHAPE["vocab_size"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        attn_implementation="sdpa",
-    )
-    peak, clock = matmul_peak(torch.device("cpu"), DTYPES[config.engine.precision]), Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps + WARMUP,
-            per_device_train_batch_size=BATCH,
-            bf16=config.engine.precision == "bf16",
-            use_cpu=True,
-            optim="adamw_torch_fused",
-            learning_rate=config.optim.lr,
-            weight_decay=config.optim.weight_decay,
-            max_grad_norm=config.optim.grad_clip,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="steps",
-            logging_steps=1,
-            disable_tqdm=True,
-            torch_compile=compiled,
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            n_embd=shape.d_model,
+            n_positions=shape.seq_len,
+            vocab_size=shape.vocab_size,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="sdpa",
         )
-        trainer = Trainer(GPT2LMHeadModel(shape), arguments, train_dataset=Windows(), callbacks=[clock])
-        trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"seconds": statistics.median(clock.times[WARMUP:]), "peak": peak, "loss": losses[-1]}
+    )
+    rows = [row(k) for k in range(shape.batch * (steps + WARMUP))]
+    return trainer_steps(model, rows, None, config, steps, compiled)
 
 
-def run_plain(steps: int) -> dict[str, float]:
+def run_plain(shape: Shape, steps: int) -> Measured:
     """A GPT-2 in forty lines as in public minimal trainers, at its best here: autocast, sdpa, fused AdamW, compiled."""
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
 
-    d, heads = SHAPE["d_model"], SHAPE["n_head"]
+    d, heads = shape.d_model, shape.n_head
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -197,34 +194,37 @@ def run_plain(steps: int) -> dict[str, float]:
     class GPT(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.token, self.place = nn.Embedding(SHAPE["vocab_size"], d), nn.Embedding(SHAPE["max_seq_len"], d)
-            self.blocks = nn.Sequential(*(Block() for _ in range(SHAPE["n_layer"])))
-            self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, SHAPE["vocab_size"], bias=False)
+            self.token, self.place = nn.Embedding(shape.vocab_size, d), nn.Embedding(shape.seq_len, d)
+            self.blocks = nn.Sequential(*(Block() for _ in range(shape.n_layer)))
+            self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, shape.vocab_size, bias=False)
             nn.init.normal_(self.token.weight, std=0.02)
             self.head.weight = self.token.weight
 
         def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-            x = self.blocks(self.token(ids) + self.place(torch.arange(ids.shape[1])))
+            x = self.blocks(self.token(ids) + self.place(torch.arange(ids.shape[1], device=ids.device)))
             return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
 
-    config, task = _samples()
+    config, task = _samples(shape)
     torch.manual_seed(config.seed)
-    model, optim = GPT(), config.optim
+    model, optim = GPT().to(device()), config.optim
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
 
-    def step(batch: "Batch") -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
-            total = compiled(batch["input_ids"], batch["labels"])
-        total.backward()
+    def step(batches: "list[Batch]") -> float:
+        total = 0.0
+        for batch in batches:
+            with torch.autocast(device().type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+                loss = compiled(batch["input_ids"], batch["labels"]) / len(batches)
+            loss.backward()
+            total = total + loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(total)
 
-    return _timed(config, task, steps, step)
+    return _timed(shape, config, task, steps, step)
 
 
 SYSTEMS = {
@@ -232,47 +232,44 @@ SYSTEMS = {
     "bare": run_bare,
     "plain-compiled": run_plain,
     "transformers": run_transformers,
-    "transformers-compiled": lambda steps: run_transformers(steps, compiled=True),
+    "transformers-compiled": lambda shape, steps: run_transformers(shape, steps, compiled=True),
 }
 
 
 def main() -> None:
     """Rounds of all systems, then a table of medians with their range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8x512")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--systems", default="cairn,bare,plain-compiled,transformers")
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    shape = SHAPES[args.shape]
     if args.worker:
-        print(json.dumps(SYSTEMS[args.worker](args.steps)))
+        print(json.dumps(SYSTEMS[args.worker](shape, args.steps)))
         return
-    env = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.systems.split(",")}
-    for _ in range(args.rounds):
-        for name, rows in results.items():
-            command = [sys.executable, "-m", "benchmarks.train_speed", "--worker", name, "--steps", str(args.steps)]
-            done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-    _print(results)
+    arguments = ["--shape", args.shape, "--steps", str(args.steps)]
+    _print(shape, run_rounds("benchmarks.train_speed", args.systems.split(","), args.rounds, arguments))
 
 
-def _print(results: dict[str, list[dict[str, float]]]) -> None:
+def _print(shape: Shape, results: dict[str, list[Measured]]) -> None:
     from cairn.config.model import GPTSection
     from cairn.models.build import flops_per_token
 
-    tokens = BATCH * SHAPE["max_seq_len"]
-    flops = tokens * flops_per_token(GPTSection(**SHAPE), SHAPE["vocab_size"], SHAPE["max_seq_len"])
+    tokens = shape.batch * shape.seq_len
+    section = GPTSection(n_layer=shape.n_layer, n_head=shape.n_head, d_model=shape.d_model, max_seq_len=shape.seq_len)
+    flops = tokens * flops_per_token(section, shape.vocab_size, shape.seq_len)
     base = statistics.median(row["seconds"] for row in next(iter(results.values())))
-    print("| system | tokens/s, median (range) | s/step | of peak | GFLOP/s peak | time vs first | last loss |")
+    print("| system | tokens/s, median (range) | s/step | of peak | GFLOP/s peak | time vs first | losses |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, rows in results.items():
-        seconds = [row["seconds"] for row in rows]
-        median, peak = statistics.median(seconds), statistics.median(row["peak"] for row in rows)
+        median = statistics.median(row["seconds"] for row in rows)
+        peak = statistics.median(row["peak"] for row in rows)
         print(
-            f"| {name} | {tokens / median:,.0f} ({tokens / max(seconds):,.0f} to {tokens / min(seconds):,.0f}) "
-            f"| {median:.3f} | {flops / median / peak:.1%} | {peak / 1e9:,.0f} | {median / base:.2f} "
-            f"| {rows[-1]['loss']:.3f} |"
+            f"| {name} | {median_range([tokens / row['seconds'] for row in rows])} | {median:.3f} "
+            f"| {flops / median / peak:.1%} | {peak / 1e9:,.0f} | {median / base:.2f} "
+            f"| {rows[-1]['first']:.3f} to {rows[-1]['loss']:.3f} |"
         )
 
 
