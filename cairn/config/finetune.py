@@ -55,7 +55,7 @@ class LabelledText(Section):
     text_pair: str | None = None
     """Column of a second text; empty: there is none."""
     pooling: Literal["token", "mean"] = "token"
-    """What is read: [CLS], or a decoder's last token; or the mean over all tokens, which transformers has no class for."""
+    """What is read: [CLS] or a decoder's last token; or the mean of all, which transformers has no class for."""
 
     def pooled(self, n_out: int) -> Head:
         """The head, with so many outputs."""
