@@ -1,4 +1,4 @@
-"""A run that is killed at 30 random moments ends like one that was left alone."""
+"""A run that is killed at random moments ends like one that was left alone."""
 
 from pathlib import Path
 
@@ -6,13 +6,14 @@ import pytest
 
 from benchmarks.chaos import arena_in, differences, run_chaos
 
-KILLS = 30
+KILLS = 12
+"""A minute and a half on two free cores; `python -m benchmarks.chaos --kills 100` is the long form."""
 
 
 @pytest.mark.slow
-def test_thirty_mishaps_change_nothing(tmp_path: Path) -> None:
+def test_mishaps_change_nothing(tmp_path: Path) -> None:
     with arena_in(tmp_path, ranks=2, steps=20 * KILLS) as arena:
         report = run_chaos(arena, KILLS, seed=20)
         assert differences(arena) == []
     assert sum(report.strikes.values()) == KILLS
-    assert len(report.strikes) >= 10, "too few kinds and moments"
+    assert len(report.strikes) >= 6, "too few kinds and moments"
