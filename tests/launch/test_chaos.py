@@ -7,7 +7,7 @@ import pytest
 from benchmarks.chaos import arena_in, differences, run_chaos
 
 KILLS = 12
-"""A minute and a half on two free cores; `python -m benchmarks.chaos --kills 100` is the long form."""
+"""Two minutes on two free cores; `python -m benchmarks.chaos --kills 100` is the long form."""
 
 
 @pytest.mark.slow
