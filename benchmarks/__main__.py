@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-MODULES = ("startup", "order", "prepare", "tokenize", "goodput", "survive", "train_speed", "generate")
+MODULES = ("startup", "order", "prepare", "tokenize", "goodput", "survive", "train_speed", "masked_speed", "zero", "generate")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; keep it tiny."""
 
+import signal
 import socket
 
 import pytest
@@ -16,3 +17,9 @@ def find_port() -> int:
 def free_port() -> int:
     """One such port."""
     return find_port()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups_are_heard() -> None:
+    """Under nohup they are ignored, and what tests start would inherit that."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
