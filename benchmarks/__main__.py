@@ -1,9 +1,20 @@
-"""`make bench`: every measurement, each in a process of its own, one after the other. About 20 minutes on two cores."""
+"""`make bench`: every measurement, each in a process of its own, one after the other. About 35 minutes on two cores."""
 
 import subprocess
 import sys
 
-MODULES = ("startup", "order", "prepare", "tokenize", "goodput", "survive", "train_speed", "masked_speed", "zero", "generate")
+MODULES = (
+    "startup",
+    "order",
+    "prepare",
+    "tokenize",
+    "goodput",
+    "survive",
+    "train_speed",
+    "masked_speed",
+    "zero",
+    "generate",
+)
 
 
 def main() -> None:
