@@ -10,7 +10,6 @@ draws batches of like lengths too, `fixed` pads all to the longest a text may be
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rounds import Measured, median_range, run_rounds
+
 MAX_LEN, LR, WARMUP = 64, 5e-4, 0.06
 
 
-def run_cairn(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+def run_cairn(args: argparse.Namespace, folder: Path) -> Measured:
     """`python -m finetune` as a user runs it."""
     (folder / "config.yaml").write_text("data: {train: x}\n")
     keys = [f"run.dir={folder}", "run.name=ours", f"base.path={args.model}", f"data.train={args.train}"]
@@ -46,7 +47,7 @@ def run_cairn(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     return _row(step * args.steps, seconds, evaluation["valid/accuracy"], evaluation["valid/loss"], losses)
 
 
-def run_transformers(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+def run_transformers(args: argparse.Namespace, folder: Path) -> Measured:
     """AutoModelForSequenceClassification under `transformers.Trainer`."""
     start = time.perf_counter()
     import torch
@@ -56,7 +57,7 @@ def run_transformers(args: argparse.Namespace, folder: Path) -> dict[str, float]
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, local_files_only=True)
-    fixed = args.system == "fixed"
+    fixed = args.worker == "fixed"
 
     def read(path: str) -> list[dict[str, Any]]:
         texts, labels = zip(*_rows(path), strict=True)
@@ -80,7 +81,7 @@ def run_transformers(args: argparse.Namespace, folder: Path) -> dict[str, float]
         max_grad_norm=1.0,
         lr_scheduler_type="linear",
         warmup_steps=round(WARMUP * args.steps),
-        train_sampling_strategy="group_by_length" if args.system == "grouped" else "random",
+        train_sampling_strategy="group_by_length" if args.worker == "grouped" else "random",
         seed=args.seed,
         report_to=[],
         save_strategy="no",
@@ -107,7 +108,7 @@ def _rows(path: str) -> Iterator[tuple[str, int]]:
         yield text, int(label)
 
 
-def _row(training: float, whole: float, accuracy: float, loss: float, losses: list[float]) -> dict[str, float]:
+def _row(training: float, whole: float, accuracy: float, loss: float, losses: list[float]) -> Measured:
     last = statistics.mean(float(value) for value in losses[-len(losses) // 5 :])
     return {"training": training, "whole": whole, "accuracy": accuracy, "valid_loss": loss, "train_loss": last}
 
@@ -126,37 +127,34 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.system:
-            print(json.dumps(SYSTEMS[args.system](args, folder)))
+        if args.worker:
+            print(json.dumps(SYSTEMS[args.worker](args, folder)))
             return
         exported = folder / "model"
         subprocess.run([sys.executable, "-m", "cairn.hub", "export", args.model, str(exported)], check=True)
         _print(measure(args, exported), args)
 
 
-def measure(args: argparse.Namespace, exported: Path) -> dict[str, list[dict[str, float]]]:
+def measure(args: argparse.Namespace, exported: Path) -> dict[str, list[Measured]]:
     """Every system once a seed, in turn."""
-    env = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.systems.split(",")}
+    systems = args.systems.split(",")
+    results: dict[str, list[Measured]] = {name: [] for name in systems}
     for seed in args.seeds.split(","):
-        for system, rows in results.items():
-            command = [sys.executable, "-m", "benchmarks.finetune", str(exported), "--system", system, "--seed", seed]
-            command += ["--train", args.train, "--valid", args.valid]
-            command += ["--steps", str(args.steps), "--batch", str(args.batch)]
-            done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"seed {seed} {system}: {rows[-1]}", file=sys.stderr, flush=True)
+        arguments = [str(exported), "--seed", seed, "--train", args.train, "--valid", args.valid]
+        arguments += ["--steps", str(args.steps), "--batch", str(args.batch)]
+        for system, (row,) in run_rounds("benchmarks.finetune", systems, 1, arguments).items():
+            results[system].append(row)
+            print(f"seed {seed} {system}: {row}", file=sys.stderr, flush=True)
     return results
 
 
-def _print(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    def middle(rows: list[dict[str, float]], key: str) -> str:
-        values = [row[key] for row in rows]
-        return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+def _print(results: dict[str, list[Measured]], args: argparse.Namespace) -> None:
+    def middle(rows: list[Measured], key: str) -> str:
+        return median_range([row[key] for row in rows], ".1f")
 
     base = statistics.median(row["training"] for row in next(iter(results.values())))
     print(f"\n{args.steps} steps of {args.batch} texts, seeds {args.seeds}\n")

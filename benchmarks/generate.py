@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.rounds import median_range
+
 
 def pair(
     prompt: int, new: int
@@ -73,10 +75,7 @@ def main() -> None:
             assert written["cairn"] == written["transformers"], "the two wrote different tokens"
         ours = statistics.median(processor for _, processor in speeds["cairn"])
         for name, found in speeds.items():
-            columns = [
-                f"{statistics.median(column):.1f} ({min(column):.1f} to {max(column):.1f})"
-                for column in zip(*found, strict=True)
-            ]
+            columns = [median_range(column, ".1f") for column in zip(*found, strict=True)]
             ratio = ours / statistics.median(processor for _, processor in found)
             print(f"| {batch} | {name} | {columns[0]} | {columns[1]} | {ratio:.2f} |", flush=True)
 

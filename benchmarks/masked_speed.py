@@ -12,14 +12,14 @@ BertForMaskedLM scores all. The rest as in benchmarks/train_speed.py.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import WARMUP, device, trainer_steps
+from benchmarks.ours import opened, summary, trained
+from benchmarks.peers import WARMUP, trainer_steps
 from benchmarks.rounds import Measured, median_range, run_rounds
+from cairn.cluster import Cluster
 
 CONFIG = "configs/pretrain/bench-bert-8x512.yaml"
 SPECIAL = 2
@@ -52,25 +52,14 @@ def overrides(args: argparse.Namespace) -> list[str]:
     keys = [f"model.n_layer={layers}", f"model.n_head={heads}", f"model.d_model={width}"]
     keys += [f"model.max_seq_len={args.seq_len}", f"train.global_batch_size={args.rows}"]
     keys += [f"train.micro_batch_size={args.rows}"]
-    keys += ["engine.compile=true"] if device().type == "cuda" else []
+    keys += ["engine.compile=true"] if Cluster().device.type == "cuda" else []
     return keys + ([f"data.source={args.corpus}", f"data.dir={Path(args.corpus).parent}"] if args.corpus else [])
 
 
 def run_cairn(args: argparse.Namespace) -> Measured:
     """Our trainer, as a user runs it."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pretrain", CONFIG, *overrides(args)]
-        command += [f"train.steps={args.steps + WARMUP}", f"run.dir={folder}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in next(Path(folder).glob("*/metrics.jsonl")).read_text().splitlines()]
-    rows = [row for row in rows if "tokens_per_s" in row]
-    seconds = [row["step_seconds"] for row in rows[WARMUP:]]
-    return {
-        "speed": args.rows * (args.seq_len - SPECIAL) / statistics.median(seconds),
-        "peak": rows[-1]["flops_per_s"] / rows[-1]["mfu"],
-        "first": rows[0]["loss"],
-        "loss": rows[-1]["loss"],
-    }
+    found = summary(trained(CONFIG, overrides(args), args.steps + WARMUP), WARMUP)
+    return found | {"speed": args.rows * (args.seq_len - SPECIAL) / found["seconds"]}
 
 
 def run_transformers(args: argparse.Namespace, compiled: bool = False) -> Measured:
@@ -79,17 +68,11 @@ def run_transformers(args: argparse.Namespace, compiled: bool = False) -> Measur
     import torch
     from transformers import BertConfig, BertForMaskedLM
 
-    from cairn.config.load import load
-    from cairn.config.schema import PretrainConfig
-    from cairn.data.prepare import open_prepared, prepare
-    from cairn.data.tokenizer import load_tokenizer
     from cairn.objectives.masked import Masker
-    from cairn.plan.hardware import here, settled_for
 
-    config = settled_for(here(), load(PretrainConfig, Path(CONFIG), overrides(args)))
-    folder = prepare(config.data, config.tokenizer)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    ((stream, _),) = open_prepared(folder).streams("train")
+    config, prepared = opened(CONFIG, overrides(args))
+    tokenizer = prepared.tokenizer
+    ((stream, _),) = prepared.streams("train")
     rng, count, room = np.random.default_rng(0), args.rows * (args.steps + WARMUP), args.seq_len - SPECIAL
     if args.lengths == "mixed":
         bounds = [stream.document_bounds(int(k)) for k in rng.choice(stream.n_documents, count, replace=False)]

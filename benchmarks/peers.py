@@ -4,22 +4,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.rounds import Measured
 
-if TYPE_CHECKING:
-    import torch
-
 WARMUP = 3
 """Steps that every system makes before it is timed."""
-
-
-def device() -> "torch.device":
-    """The GPU where there is one."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trainer_steps(
@@ -32,8 +22,11 @@ def trainer_steps(
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    from cairn.cluster import Cluster
     from cairn.train.engine import DTYPES
     from cairn.train.peak import matmul_peak
+
+    device = Cluster().device
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -43,7 +36,7 @@ def trainer_steps(
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if device().type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter() - self.start)
 
@@ -54,7 +47,7 @@ def trainer_steps(
         def __getitem__(self, k: int) -> Any:
             return data[k]
 
-    peak, clock = matmul_peak(device(), DTYPES[config.engine.precision]), Clock()
+    peak, clock = matmul_peak(device, DTYPES[config.engine.precision]), Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -62,7 +55,7 @@ def trainer_steps(
             per_device_train_batch_size=config.train.micro_batch_size,
             bf16=config.engine.precision == "bf16",
             gradient_accumulation_steps=config.train.global_batch_size // config.train.micro_batch_size,
-            use_cpu=device().type == "cpu",
+            use_cpu=device.type == "cpu",
             optim="adamw_torch_fused",
             learning_rate=config.optim.lr,
             weight_decay=config.optim.weight_decay,

@@ -17,10 +17,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.rounds import peak_kib
 from cairn.cluster import Cluster, environment
 from launch.job import ALLOCATOR
 
 CONFIG = "configs/pretrain/bench-8x512.yaml"
+STEPS = "train.steps=3"
 MIB = 2.0**20
 TENSORS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SHAPE = ("n_layer=8", "n_head=8", "d_model=512", "max_seq_len=512", "vocab_size=8192")
@@ -40,14 +42,12 @@ class Case:
     name: str = "GPT"
     accumulate: int = 1
 
-    def overrides(self, folder: str) -> list[str]:
+    def overrides(self) -> list[str]:
         """Of CONFIG."""
         return [
             f"engine.zero_stage={self.stage}",
             f"train.micro_batch_size={self.size}",
             f"train.global_batch_size={self.size * self.world * self.accumulate}",
-            "train.steps=3",
-            f"run.dir={folder}",
             *self.more,
         ]
 
@@ -75,7 +75,8 @@ def measured(case: Case, allocator: dict[str, str], more: tuple[str, ...] = ()) 
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        command = [sys.executable, "-m", "benchmarks.plan", "--one", CONFIG, *case.overrides(folder), *more]
+        command = [sys.executable, "-m", "benchmarks.plan", "--one", CONFIG, *case.overrides(), *more]
+        command += [STEPS, f"run.dir={folder}"]
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         free.close()
         ranks = []
@@ -106,8 +107,7 @@ def one(argv: list[str]) -> None:
         folder = cluster.on_main(lambda: prepare(config.data, config.tokenizer))
         trainer = Trainer(LanguageModel(config, open_prepared(folder)), config, cluster)
         trainer.run()
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    print(int(line.split()[1]) * 1024, flush=True)
+    print(peak_kib() * 1024, flush=True)
     os._exit(0)  # the interpreter's own way out, with gloo's threads about, aborts once in a while
 
 
@@ -119,13 +119,19 @@ def predicted(case: Case, more: tuple[str, ...] = ()) -> tuple[float, float, str
     from cairn.plan.memory import Setting, count, memory
     from cairn.plan.trace import trace_activations
 
-    config = settled_for("cpu", load(PretrainConfig, Path(CONFIG), [*case.overrides("runs"), *more]))
+    config = settled_for("cpu", load(PretrainConfig, Path(CONFIG), [*case.overrides(), STEPS, *more]))
     assert config.model.vocab_size is not None
     rows, recompute = config.model.vocab_size, config.engine.activation_checkpointing
     activations = trace_activations(config, rows, case.size, recompute, "cpu")
     setting = Setting(case.stage, case.size, recompute)
     found = memory(config, count(config, rows), activations, setting, case.world, "cpu")
     return found.tensors, found.tensors + found.slack, found.when
+
+
+def idle(world: int, allocator: dict[str, str], more: tuple[str, ...] = ()) -> float:
+    """Bytes of a process that hardly has a model: what to take off the others' peaks."""
+    small = Case(1, world, 1, more)
+    return measured(small, allocator, NOTHING) - predicted(small, NOTHING)[0]
 
 
 def main() -> None:
@@ -146,10 +152,9 @@ def main() -> None:
         for label, allocator, guess in (("tensors", TENSORS, tensors), ("launched", ALLOCATOR, launched)):
             if quick and label == "launched":
                 continue
-            small = Case(1, case.world, 1, BERT if case.name == "BERT" else ())
-            key = (label, case.world, small.more)
+            key = (label, case.world, BERT if case.name == "BERT" else ())
             if key not in baselines:
-                baselines[key] = measured(small, allocator, NOTHING) - predicted(small, NOTHING)[0]
+                baselines[key] = idle(case.world, allocator, key[-1])
             peak = measured(case, allocator) - baselines[key]
             cells += [f"{guess / MIB:,.0f}", f"{peak / MIB:,.0f}", f"{guess / peak - 1:+.1%}"]
         print("| " + " | ".join(cells) + " |", flush=True)

@@ -8,7 +8,6 @@ Peak memory is that of a fresh process; it grows only with the held-out text tha
 """
 
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.rounds import peak_kib
 from cairn.config.data import BytesSection, DataSection, SentencePieceSection, TokenizerFileSection, TokenizerSection
 from cairn.data.corpus import list_source
 from cairn.data.prepare import open_prepared, prepare
@@ -44,9 +44,7 @@ def measure(source: str, tokenizer: str) -> None:
         started = time.process_time()
         prepare(DataSection(source=source, dir=folder, workers=1), section)
         seconds = time.process_time() - started
-    # not getrusage: a child begins with its parent's peak
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    print(seconds, int(peak[1]) / 1000 if peak else float("nan"))
+    print(seconds, peak_kib() / 1000)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """How long the front door takes to answer: `python -m benchmarks.startup`. Medians of processes run in turn."""
 
-import statistics
 import subprocess
 import sys
 import time
+
+from benchmarks.rounds import median_range
 
 ROUNDS = 9
 COMMANDS = {
@@ -26,7 +27,7 @@ def main() -> None:
             times[name].append(time.perf_counter() - start)
     print("| command | seconds, median (range) |\n| --- | --- |")
     for name, seconds in times.items():
-        print(f"| `{name}` | {statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f}) |")
+        print(f"| `{name}` | {median_range(seconds, '.3f')} |")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rounds import median_range, peak_kib, run_rounds
 from cairn.config.data import DataSection, TokenizerFileSection, WordPieceSection
 from cairn.data import baselines
 from cairn.data.corpus import documents, list_source
@@ -114,9 +113,7 @@ def measure(system: str, files: list[str], tokenizer: Path) -> None:
         before = os.times()
         made = run()
         seconds = sum(os.times()[:4]) - sum(before[:4])
-        # not getrusage: a child begins with its parent's peak
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        print(json.dumps([seconds, compressing, int(peak[1]) / 1000 if peak else None, of(made)]))
+        print(json.dumps([seconds, compressing, peak_kib() / 1000, of(made)]))
 
 
 def main() -> None:
@@ -147,13 +144,7 @@ def main() -> None:
 
 def compare(label: str, tokenizer: Path, files: list[str], size: float, rounds: int, timed: bool) -> None:
     """Both systems on one corpus, in turn: three rows of the table, with speeds if `timed`."""
-    found: dict[str, list[tuple[float, float, float, str]]] = {system: [] for system in SYSTEMS}
-    for _ in range(rounds):
-        for system in SYSTEMS:
-            command = [sys.executable, "-m", "benchmarks.tokenize", "--worker", system, str(tokenizer), *files]
-            environment = os.environ | ONE_THREAD
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-            found[system].append(json.loads(done.stdout.splitlines()[-1]))
+    found = run_rounds("benchmarks.tokenize", SYSTEMS, rounds, [str(tokenizer), *files], ONE_THREAD)
     if len({ids for runs in found.values() for *_, ids in runs}) > 1:
         sys.exit(f"error: {label}: the two do not give the same ids")
     theirs, ours = (found[system] for system in SYSTEMS)
@@ -164,8 +155,7 @@ def compare(label: str, tokenizer: Path, files: list[str], size: float, rounds: 
         ("cairn with its baselines", ours, [seconds for seconds, *_ in ours]),
     ):
         peak = statistics.median(peak for *_, peak, _ in runs)
-        speeds = sorted(size / seconds for seconds in spent)
-        speed = f"{statistics.median(speeds):.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f})"
+        speed = median_range([size / seconds for seconds in spent], ".2f")
         speed += f" | {base / statistics.median(spent):.1f}"
         print(f"| {label} | {system} | {size:.1f} | {speed if timed else '|'} | {peak:,.0f} |", flush=True)
 

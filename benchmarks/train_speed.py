@@ -12,17 +12,15 @@ GPU, which shapes 1.3b and 124m-gpu are for, ours is compiled too.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peers import WARMUP, device, trainer_steps
+from benchmarks.ours import opened, summary, trained
+from benchmarks.peers import WARMUP, trainer_steps
 from benchmarks.rounds import Measured, median_range, run_rounds
+from cairn.cluster import Cluster
 
 if TYPE_CHECKING:
     from cairn.data.batches import Batch
@@ -51,7 +49,7 @@ class Shape:
         """Of CONFIG."""
         model = [f"model.{key}={getattr(self, key)}" for key in ("n_layer", "n_head", "d_model", "vocab_size")]
         sizes = [f"train.global_batch_size={self.batch}", f"train.micro_batch_size={self.micro_batch_size}"]
-        compiled = ["engine.compile=true"] if device().type == "cuda" else []
+        compiled = ["engine.compile=true"] if Cluster().device.type == "cuda" else []
         return [*model, f"model.max_seq_len={self.seq_len}", *sizes, *compiled]
 
 
@@ -65,29 +63,14 @@ SHAPES = {
 
 def run_cairn(shape: Shape, steps: int) -> Measured:
     """Our trainer, as a user runs it; per-step times from its own metrics."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pretrain", CONFIG, *shape.overrides()]
-        command += [f"train.steps={steps + WARMUP}", f"run.dir={folder}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in next(Path(folder).glob("*/metrics.jsonl")).read_text().splitlines()]
-    rows = [row for row in rows if "tokens_per_s" in row]
-    return {
-        "seconds": statistics.median(row["step_seconds"] for row in rows[WARMUP:]),
-        "peak": rows[-1]["flops_per_s"] / rows[-1]["mfu"],
-        "first": rows[0]["loss"],
-        "loss": rows[-1]["loss"],
-    }
+    return summary(trained(CONFIG, shape.overrides(), steps + WARMUP), WARMUP)
 
 
 def _samples(shape: Shape) -> tuple[Any, Any]:
-    from cairn.config.load import load
-    from cairn.config.schema import PretrainConfig
-    from cairn.data.prepare import open_prepared, prepare
-    from cairn.plan.hardware import here, settled_for
     from cairn.train.language_model import LanguageModel
 
-    config = settled_for(here(), load(PretrainConfig, Path(CONFIG), shape.overrides()))
-    return config, LanguageModel(config, open_prepared(prepare(config.data, config.tokenizer)))
+    config, prepared = opened(CONFIG, shape.overrides())
+    return config, LanguageModel(config, prepared)
 
 
 def _timed(shape: Shape, config: Any, task: Any, steps: int, step: "Callable[[list[Batch]], float]") -> Measured:
@@ -96,7 +79,7 @@ def _timed(shape: Shape, config: Any, task: Any, steps: int, step: "Callable[[li
     from cairn.train.engine import DTYPES
     from cairn.train.peak import matmul_peak
 
-    loader, where = Loader(task.samples("train"), shape.batch, shape.micro_batch_size), device()
+    loader, where = Loader(task.samples("train"), shape.batch, shape.micro_batch_size), Cluster().device
     peak, times, losses = matmul_peak(where, DTYPES[config.engine.precision]), [], []
     for number in range(steps + WARMUP):
         start = time.perf_counter()
@@ -114,7 +97,7 @@ def run_bare(shape: Shape, steps: int) -> Measured:
 
     config, task = _samples(shape)
     torch.manual_seed(config.seed)
-    model = task.models()["model"].to(device())
+    model = task.models()["model"].to(Cluster().device)
     masters = [p.detach().clone() for p in model.parameters()]
     model.to(DTYPES[config.engine.precision]).train()
     optim = config.optim
@@ -206,7 +189,7 @@ def run_plain(shape: Shape, steps: int) -> Measured:
 
     config, task = _samples(shape)
     torch.manual_seed(config.seed)
-    model, optim = GPT().to(device()), config.optim
+    model, optim = GPT().to(Cluster().device), config.optim
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
@@ -215,7 +198,7 @@ def run_plain(shape: Shape, steps: int) -> Measured:
     def step(batches: "list[Batch]") -> float:
         total = 0.0
         for batch in batches:
-            with torch.autocast(device().type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            with torch.autocast(Cluster().device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
                 loss = compiled(batch["input_ids"], batch["labels"]) / len(batches)
             loss.backward()
             total = total + loss.detach()

@@ -7,14 +7,11 @@ its activations.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
-from benchmarks.plan import CONFIG, MIB, NOTHING, TENSORS, Case, measured, predicted
+from benchmarks.ours import trained
+from benchmarks.plan import CONFIG, MIB, TENSORS, Case, idle, measured
+from benchmarks.rounds import median_range
 
 GLOBAL_BATCH, WARMUP = 8, 2
 CASES = [Case(stage, world, GLOBAL_BATCH // world) for stage in (1, 2, 3) for world in (1, 2)]
@@ -22,13 +19,9 @@ CASES = [Case(stage, world, GLOBAL_BATCH // world) for stage in (1, 2, 3) for wo
 
 def seconds(case: Case, steps: int) -> float:
     """Median of a step, from the run's own metrics."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "launch.cli", "launch", "--procs", str(case.world), "pretrain", CONFIG]
-        command += [*case.overrides(folder), f"train.steps={steps + WARMUP}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        (metrics,) = Path(folder).glob("*/metrics.jsonl")
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return statistics.median([row["step_seconds"] for row in rows if "step_seconds" in row][WARMUP:])
+    launch = ["launch.cli", "launch", "--procs", str(case.world)]
+    rows = trained(CONFIG, case.overrides(), steps + WARMUP, launch)
+    return statistics.median(row["step_seconds"] for row in rows[WARMUP:])
 
 
 def main() -> None:
@@ -41,20 +34,16 @@ def main() -> None:
     for _ in range(args.rounds):
         for case, found in times.items():
             found.append(seconds(case, args.steps))
-    idle = {}
-    for world in (1, 2):
-        small = Case(1, world, 1)
-        idle[world] = measured(small, TENSORS, NOTHING) - predicted(small, NOTHING)[0]
-    held = {case: measured(case, TENSORS) - idle[case.world] for case in CASES}
+    base = {world: idle(world, TENSORS) for world in (1, 2)}
+    held = {case: measured(case, TENSORS) - base[case.world] for case in CASES}
     print("| ZeRO | processes | s/step, median (range) | time against one | MiB a process | of one's (ideal) |")
     print("| ---: | ---: | --- | ---: | ---: | ---: |")
     for case in CASES:
         one = Case(case.stage, 1, GLOBAL_BATCH)
         found, share = times[case], held[case] / held[one]
-        time = f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
         ratio = statistics.median(found) / statistics.median(times[one])
         print(
-            f"| {case.stage} | {case.world} | {time} | {ratio:.2f} "
+            f"| {case.stage} | {case.world} | {median_range(found, '.3f')} | {ratio:.2f} "
             f"| {held[case] / MIB:,.0f} | {share:.0%} ({1 / case.world:.0%}) |"
         )
 
