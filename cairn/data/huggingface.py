@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,18 @@ class HuggingFaceTokenizer:
         self.cls_id = self._id("cls")
         self.sep_id = self._id("sep")
         self.sentinel_ids = find_sentinels(backend.token_to_id)
-        state = backend.to_str()
-        self.fingerprint = hashlib.sha256(json.dumps([state, named], sort_keys=True).encode()).hexdigest()
-        splitter = splitter_of(backend, json.loads(state))
-        self._words = None if splitter is None else Words(splitter, self._encode_whole)
-        self._cut = cut if splitter is None else cut_at_space
+        self.fingerprint = hashlib.sha256(json.dumps([backend.to_str(), named], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _words(self) -> Words | None:
+        # Only for a corpus: to read a large vocabulary's JSON takes a third of the time of loading it.
+        splitter = splitter_of(self._backend, json.loads(self._backend.to_str()))
+        return None if splitter is None else Words(splitter, self._encode_whole)
+
+    def _cut(self, text: str) -> list[str]:
+        if len(text) <= PART:
+            return [text]
+        return cut(text, PART) if self._words is None else cut_at_space(text, PART)
 
     def _id(self, kind: str) -> int | None:
         names = (self._named[kind],) if kind in self._named else NAMES[kind]
@@ -66,7 +74,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
-        parts = [self._cut(text, PART) for text in texts]
+        parts = [self._cut(text) for text in texts]
         found = self._encode_whole([part for text in parts for part in text])
         return [[i for _ in text for i in next(found)] for text in parts]
 
@@ -78,14 +86,14 @@ class HuggingFaceTokenizer:
         """Ids of several texts as arrays; many times faster where the tokenizer is one that `splitter_of` knows."""
         if self._words is None:
             return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
-        return self._words.encode([cut_at_space(text, PART) for text in texts])
+        return self._words.encode([self._cut(text) for text in texts])
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the characters of each; accents that a piece drops may be left out."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
-        for part in self._cut(text, PART):
+        for part in self._cut(text):
             found = self._backend.encode(part, add_special_tokens=False)
             ids += found.ids
             offsets += [(at + begin, at + end) for begin, end in found.offsets]
