@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cairn.config.schema import PretrainConfig
 from cairn.errors import UserError
-from cairn.plan.hardware import Hardware
+from cairn.plan.collectives import Network
 from cairn.plan.memory import GIB, USABLE, Facts, Memory, Setting, memory
 from cairn.plan.speed import Speed, speed
 from cairn.plan.trace import trace_activations
@@ -33,17 +33,8 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(Network):
     """The GPUs, or the processes of this CPU, that a run is planned for."""
-
-    gpu: Hardware
-    nodes: int
-    per_node: int
-
-    @property
-    def world_size(self) -> int:
-        """Ranks."""
-        return self.nodes * self.per_node
 
     @property
     def room(self) -> float:

@@ -50,7 +50,7 @@ class Network:
     per_node: int
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """Ranks."""
         return self.nodes * self.per_node
 
@@ -64,19 +64,19 @@ class Network:
 
         A reduce-scatter, which adds `size` bytes up and leaves a part with each rank, takes as long.
         """
-        within, between = self.world - self.nodes, self.nodes - 1
+        within, between = self.world_size - self.nodes, self.nodes - 1
         return self._least(size, [(protocol, within, between) for protocol in RING], calls)
 
     def all_reduce(self, size: float, calls: int = 1) -> Cost:
         """Until every rank has the sum of all ranks' `size` bytes, by rings or by trees, in so many calls."""
-        within, between = 2 * (self.world - self.nodes), 2 * (self.nodes - 1)
+        within, between = 2 * (self.world_size - self.nodes), 2 * (self.nodes - 1)
         ways = [(protocol, within, between) for protocol in RING]
         within, between = 2 * (self.per_node - 1), 2 * ceil(log2(self.nodes))
         return self._least(2 * size, [*ways, *((protocol, within, between) for protocol in TREE)], calls)
 
     def _least(self, size: float, ways: list[tuple[Protocol, int, int]], calls: int) -> Cost:
         """The fastest of protocols with so many steps within nodes and between them."""
-        travel = size * (self.world - 1) / self.world / self.rate
+        travel = size * (self.world_size - 1) / self.world_size / self.rate
         if self.gpu.device == "cpu":
             return Cost(travel, 0.0)
         costs = [

@@ -131,8 +131,8 @@ def speed(config: PretrainConfig, facts: Facts, setting: Setting, gpu: Hardware,
     """A step of `config` changed to `setting` on nodes x per_node GPUs (or processes that share this CPU)."""
     network = Network(gpu, nodes, per_node)
     tokens = float(config.train.global_batch_size * config.seq_len)
-    micro_batches = config.train.global_batch_size // (setting.micro_batch_size * network.world)
-    ranks = network.world
+    micro_batches = config.train.global_batch_size // (setting.micro_batch_size * network.world_size)
+    ranks = network.world_size
     if gpu.device == "cpu":  # processes share the cores that were measured
         gpu, ranks = replace(gpu, peak=gpu.peak / ranks), 1
     passes = work(config, facts, setting).seconds(gpu)
@@ -189,7 +189,7 @@ def _communication(
 
 def _update(config: PretrainConfig, facts: Facts, setting: Setting, network: Network, micro_batches: int) -> float:
     """The optimizer's memory traffic, and Muon's products."""
-    gpu, world = network.gpu, network.world
+    gpu, world = network.gpu, network.world_size
     stage = effective_stage(config.engine.model_copy(update={"zero_stage": setting.stage}))
     own = facts.parameters / (world if stage else 1)
     kept = facts.parameters / (world if stage >= 2 else 1)

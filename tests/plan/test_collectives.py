@@ -41,7 +41,7 @@ def test_nothing_is_faster_than_its_bytes_over_the_links(name: str, nodes: int, 
     gpu, size = GPUS[name], 1e9
     network = Network(gpu, nodes, per_node)
     # What a node lacks comes in over its adapters, what a GPU lacks over its links.
-    lacking = size * (nodes - 1) / nodes / (per_node * gpu.inter), size * (1 - 1 / network.world) / gpu.intra
+    lacking = size * (nodes - 1) / nodes / (per_node * gpu.inter), size * (1 - 1 / network.world_size) / gpu.intra
     assert network.gather(size).seconds >= max(lacking) / LINK * (1 - 1e-9)
     assert network.all_reduce(size).seconds >= 2 * max(lacking) * (1 - 1e-9)
     assert network.all_reduce(size).seconds <= 2 * network.gather(size).seconds * (1 + 1e-9)
