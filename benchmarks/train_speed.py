@@ -4,7 +4,7 @@
 
 Each measurement is a process of its own; a round runs every system once, in turn, so that a machine that changes its
 speed changes it for all. A reference matrix product is timed in every process: `peak` is the best product of the same
-process and `of peak` the model's FLOP/s over it. Every side gets the same shapes, data, fused AdamW and allocator
+process and `of peak` the model's FLOP/s over it. Every side gets the same shapes, GELU, data, fused AdamW and allocator
 settings, and computes in bf16, or in fp32 on a CPU that emulates bf16. Their losses stand beside, first to last. On a
 GPU, which shapes 1.3b and 124m-gpu are for, ours is compiled too.
 """
@@ -143,6 +143,7 @@ def run_transformers(shape: Shape, steps: int, compiled: bool = False) -> Measur
             n_embd=shape.d_model,
             n_positions=shape.seq_len,
             vocab_size=shape.vocab_size,
+            activation_function="gelu",
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -172,7 +173,7 @@ def run_plain(shape: Shape, steps: int) -> Measured:
             q, k, v = self.qkv(self.n1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(y.transpose(1, 2).flatten(2))
-            return x + self.down(F.gelu(self.up(self.n2(x)), approximate="tanh"))
+            return x + self.down(F.gelu(self.up(self.n2(x))))
 
     class GPT(nn.Module):
         def __init__(self) -> None:

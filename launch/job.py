@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-# glibc gives large tensors back to the kernel and faults them in again each step; read before a process starts.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+# glibc gives large tensors back to the kernel and faults them in again each step, in pages of 4 KiB where it could have
+# 2 MiB; read before a process starts.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,14 @@ class _Blocked(torch.autograd.Function):
         b, h, t, d = q.shape
         kv, s = k.shape[1], k.shape[2]
         groups, scale = h // kv, d**-0.5
-        q5 = q.reshape(b * kv, groups, t, d)
-        k3, v3 = k.reshape(b * kv, s, d), v.reshape(b * kv, s, d)
-        out = q.new_empty(b * kv, groups, t, d)
+        # Contiguous, as products of strided keys take ten times as long.
+        q4 = q.reshape(b * kv, groups, t, d).contiguous()
+        k3, v3 = k.reshape(b * kv, s, d).contiguous(), v.reshape(b * kv, s, d).contiguous()
+        out = torch.empty_like(q4)
         probs: list[Tensor] = []
         kept: list[Tensor] = []
         for rows, keys in _spans(mask, t, s):
-            qb = q5[:, :, rows].flatten(1, 2)  # (B Hkv, G t, D)
+            qb = q4[:, :, rows].flatten(1, 2)  # (B Hkv, G t, D)
             scores = torch.baddbmm(qb.new_empty(()), qb, k3[:, keys].transpose(1, 2), beta=0, alpha=scale)
             view = scores.view(b, h, rows.stop - rows.start, keys.stop - keys.start)
             if bias is not None:
@@ -61,50 +62,57 @@ class _Blocked(torch.autograd.Function):
                 keep = torch.rand(p.shape, device=p.device) >= dropout
                 kept.append(keep)
                 p = p * keep * (1 / (1 - dropout))
-            out[:, :, rows] = torch.bmm(p, v3[:, keys]).view(b * kv, groups, -1, d)
-        ctx.save_for_backward(q5, k3, v3, *probs, *kept)
+            _product(p, v3[:, keys], out[:, :, rows])
+        ctx.save_for_backward(q4, k3, v3, *probs, *kept)
         ctx.mask, ctx.dropout, ctx.shape = mask, dropout, (b, h, kv)
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
         return out.view(b, h, t, d)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q5, k3, v3, *saved = ctx.saved_tensors
+        q4, k3, v3, *saved = ctx.saved_tensors
         b, h, kv = ctx.shape
-        t, d, s = q5.shape[2], q5.shape[3], k3.shape[1]
+        t, d, s = q4.shape[2], q4.shape[3], k3.shape[1]
         scale = d**-0.5
-        g5 = grad.reshape(q5.shape)
+        g4 = grad.reshape(q4.shape).contiguous()
         spans = list(_spans(ctx.mask, t, s))
         probs, kept = saved[: len(spans)], saved[len(spans) :]
-        dq = torch.empty_like(q5)
+        dq = torch.empty_like(q4)
         dk, dv = torch.zeros_like(k3), torch.zeros_like(v3)
         dbias = None
         if ctx.needs_input_grad[3]:
             dbias = torch.zeros(ctx.bias_like[0], device=grad.device, dtype=torch.float32)
         for i, (rows, keys) in enumerate(spans):
-            gb, qb, p = g5[:, :, rows].flatten(1, 2), q5[:, :, rows].flatten(1, 2), probs[i]
+            gb, qb, p = g4[:, :, rows].flatten(1, 2), q4[:, :, rows].flatten(1, 2), probs[i]
             dp = torch.bmm(gb, v3[:, keys].transpose(1, 2))
+            used = p
             if kept:
                 factor = kept[i] * (1 / (1 - ctx.dropout))
                 dp *= factor
-                dv[:, keys] += torch.bmm((p * factor).to(p.dtype).transpose(1, 2), gb)
-            else:
-                dv[:, keys] += torch.bmm(p.transpose(1, 2), gb)
+                used = (p * factor).to(p.dtype)
+            dv[:, keys].baddbmm_(used.transpose(1, 2), gb)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             if dbias is not None:
                 whole = ds.view(b, h, rows.stop - rows.start, -1).float()
                 dbias[:, :, rows, keys] += whole.sum_to_size(dbias.shape[0], h, *whole.shape[2:])
-            dq[:, :, rows] = torch.bmm(ds, k3[:, keys]).mul_(scale).view(*q5.shape[:2], -1, d)
-            dk[:, keys] += torch.bmm(ds.transpose(1, 2), qb)
-        dk *= scale
+            _product(ds, k3[:, keys], dq[:, :, rows], scale)
+            dk[:, keys].baddbmm_(ds.transpose(1, 2), qb, alpha=scale)
         return (
             dq.view(b, h, t, d),
-            dk.to(q5.dtype).view(b, kv, s, d),
-            dv.to(q5.dtype).view(b, kv, s, d),
+            dk.view(b, kv, s, d),
+            dv.view(b, kv, s, d),
             None if dbias is None else dbias.to(ctx.bias_like[1]),
             None,
             None,
         )
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """out (N, G, t, D) = scale a (N, G t, S) b (N, S, D), written where it belongs if one group makes that a view."""
+    if out.shape[1] == 1:
+        out.squeeze(1).baddbmm_(a, b, beta=0, alpha=scale)
+    else:
+        out.copy_(torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale).view_as(out))
 
 
 def _hide(scores: Tensor, mask: Mask, rows: slice, keys: slice) -> Tensor | None:

@@ -50,6 +50,8 @@ class Deadline:
         self._config, self._schedule, self._evaluated = config, factor, evaluated
         self._start, self._before = time.perf_counter(), 0.0
         self._stretches: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self._opening = True
+        """Whether no stretch is known but the first of this call, in which code is compiled and memory first touched."""
         self.cooldown: Cooldown | None = None
         self.eval_seconds: float | None = None
         """What the last evaluation took."""
@@ -80,6 +82,9 @@ class Deadline:
 
         `steps`, `seconds`: in the stretch since the last call, and what each took, evaluations and saves left out.
         """
+        if self._opening and self._stretches:
+            self._stretches.clear()
+            self._opening = False
         self._stretches.append((steps, steps * seconds))
         config, left = self._config, self.end - step
         if config.train.max_hours is None or not left:
@@ -87,6 +92,8 @@ class Deadline:
         if self.cooldown is not None:
             return UNDECIDED if self._fits(0.0) >= left else self._fits(SLACK)
         fits = self._fits(SLACK)
+        if self._opening and fits > 2 * steps:
+            return UNDECIDED
         length = min(self._length(step), left)
         # The next look comes after log_every steps.
         return UNDECIDED if fits >= left or fits - config.train.log_every > length else min(length, fits)

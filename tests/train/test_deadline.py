@@ -91,6 +91,26 @@ def test_it_lands_just_before_the_deadline(clock: Clock, shape: ScheduleSection)
     assert factors[: cooldown.begin] == [guide._schedule(s) for s in range(cooldown.begin)]
 
 
+def test_a_first_step_that_compiles_begins_no_cooldown(clock: Clock) -> None:
+    guide = deadline(of(ScheduleSection(name="wsd", warmup_steps=10, decay_steps=300)))
+    clock.now += 160.0  # ten steps: one of 151 seconds, nine of one
+    guide.adopt(10, guide.propose(10, 10, 16.0))
+    assert guide.cooldown is None
+    step, _ = drive(guide, clock, 10, 1.0)
+    assert HOUR * 0.95 < clock.now < HOUR
+    assert guide.cooldown is not None
+    assert guide.cooldown.end - guide.cooldown.begin == 300
+    assert step == guide.cooldown.end
+
+
+def test_a_call_without_time_ends_after_its_first_stretch(clock: Clock) -> None:
+    guide = deadline(of(ScheduleSection(name="wsd", warmup_steps=10, decay_steps=300)))
+    clock.now += HOUR - 30.0
+    guide.adopt(10, guide.propose(10, 10, 1.0))
+    assert guide.cooldown is not None
+    assert guide.end <= 40
+
+
 def test_a_constant_rate_stays_and_the_run_ends_in_time(clock: Clock) -> None:
     guide = deadline(of(ScheduleSection(name="constant", warmup_steps=0)))
     _, factors = drive(guide, clock, 0, 1.0)
