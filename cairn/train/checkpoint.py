@@ -156,8 +156,8 @@ class CheckpointStore:
     def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
         """Write a checkpoint; every rank calls this with the tensors it owns. Rank 0's state (JSON) is kept.
 
-        `tensors` is always read to its end before this returns, so it may be a collective generator. In the
-        background the tensors are copied first. When a rank cannot write, `trouble` says so and the next `wait` raises;
+        `tensors` is always read to its end before this returns, so it may be a collective generator. They are written
+        later when in the background: nobody may change them any more. When a rank cannot write, `trouble` says so and the next `wait` raises;
         until then nothing more is written. Earlier checkpoints stay as they are.
         """
         self.last_step = step
@@ -168,7 +168,7 @@ class CheckpointStore:
                 self._folder(step).mkdir(exist_ok=True)
             parts.withdraw(self._folder(step), self.rank, str(failed))
         elif self._pool is not None:
-            snapshot = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors]
+            snapshot = list(tensors)
             frozen = json.loads(json.dumps(state))  # the caller may change its state while we write
             self._pending = self._pool.submit(self._write, step, snapshot, frozen)
         else:

@@ -131,24 +131,26 @@ class NamedState:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """COLLECTIVE, every rank to the end: each tensor whole, on the CPU, fp32, at the one rank that owns it.
 
-        Runs are added as integers into zeros, which keeps every bit (the sum -0.0 + 0.0 would not).
+        Copies, which training does not touch; some share memory with each other. Runs are added as integers into zeros,
+        which keeps every bit (the sum -0.0 + 0.0 would not).
         """
         for bucket in self._buckets(self._entries()):
             owner = bucket[0].owner
             if self.rank != owner and bucket[0].replicated:
                 continue
-            device = torch.device("cpu") if bucket[0].replicated else self.device
-            gathered = torch.zeros(sum(e.numel for e in bucket), dtype=torch.float32, device=device)
+            whole = bucket[0].replicated  # here already: nothing is added
+            device, make = (torch.device("cpu"), torch.empty) if whole else (self.device, torch.zeros)
+            gathered = make(sum(e.numel for e in bucket), dtype=torch.float32, device=device)
             at = 0
             for e in bucket:
                 for start, run in e.parts:
                     _run(gathered, at + start, run.numel()).copy_(run)
                 at += e.numel
-            if not bucket[0].replicated:
+            if not whole:
                 dist.reduce(gathered.view(torch.int32), dst=owner)
             if self.rank == owner:
-                whole = torch.split(gathered.cpu(), [e.numel for e in bucket])
-                yield from ((e.name, run.view(e.shape).clone()) for e, run in zip(bucket, whole, strict=True))
+                runs = torch.split(gathered.cpu(), [e.numel for e in bucket])
+                yield from ((e.name, run.view(e.shape)) for e, run in zip(bucket, runs, strict=True))
         if self.rank == 0:
             yield from ((f"buffer/{name}", value.detach().cpu().clone()) for name, value in self.buffers().items())
 

@@ -160,6 +160,17 @@ def test_two_forwards_before_two_backwards_add_up(stage: int) -> None:
     assert float(apart.grad_norm) == pytest.approx(float(together.grad_norm), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_tensors_are_those_of_their_moment(stage: int) -> None:
+    engine = build(stage)
+    train(engine, range(1))
+    kept = dict(engine.tensors())
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    train(engine, range(1, 3))  # a save in the background may write them only now
+    assert not differing(kept, before)
+    assert differing(kept, dict(engine.tensors()))
+
+
 def test_load_names_what_is_missing_or_misshaped() -> None:
     engine = build(1)
     tensors = everything(engine)
