@@ -28,9 +28,11 @@ def trained(config: str, overrides: Sequence[str], steps: int, launch: Sequence[
 
 
 def summary(rows: Sequence[dict[str, Any]], warmup: int) -> Measured:
-    """Seconds of a step after the warmup, the best matrix product beside it, the first and the last loss."""
+    """Seconds of a step after the warmup, the share of them spent waiting for data, the best matrix product beside
+    them, the first and the last loss."""
     return {
         "seconds": statistics.median(row["step_seconds"] for row in rows[warmup:]),
+        "wait": max(row["data_wait"] for row in rows[warmup:]),
         "peak": rows[-1]["flops_per_s"] / rows[-1]["mfu"],
         "first": rows[0]["loss"],
         "loss": rows[-1]["loss"],

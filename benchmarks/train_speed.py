@@ -255,6 +255,8 @@ def _print(shape: Shape, results: dict[str, list[Measured]]) -> None:
             f"| {flops / median / peak:.1%} | {peak / 1e9:,.0f} | {median / base:.2f} "
             f"| {rows[-1]['first']:.3f} to {rows[-1]['loss']:.3f} |"
         )
+    if ours := results.get("cairn"):
+        print(f"\ncairn waits for data {max(row['wait'] for row in ours):.4%} of a step at most.")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,9 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)
         self._zero: Any = self._engine.optimizer
+        if cluster.world_size == 1 and self._stage == 1 and not hasattr(self._zero, "reduce_gradients"):
+            # Nothing to reduce, for which DeepSpeed would copy all gradients together and apart again.
+            self._engine.enable_backward_allreduce = False
         if self._stage == 0:
             slots = replicated_slots(groups)
         elif self._stage < 3:
