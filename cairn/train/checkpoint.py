@@ -157,8 +157,8 @@ class CheckpointStore:
         """Write a checkpoint; every rank calls this with the tensors it owns. Rank 0's state (JSON) is kept.
 
         `tensors` is always read to its end before this returns, so it may be a collective generator. They are written
-        later when in the background: nobody may change them any more. When a rank cannot write, `trouble` says so and the next `wait` raises;
-        until then nothing more is written. Earlier checkpoints stay as they are.
+        later when in the background: nobody may change them any more. When a rank cannot write, `trouble` says so and
+        the next `wait` raises; until then nothing more is written. Earlier checkpoints stay as they are.
         """
         self.last_step = step
         failed = self._settled()

@@ -51,7 +51,7 @@ class Deadline:
         self._start, self._before = time.perf_counter(), 0.0
         self._stretches: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._opening = True
-        """Whether no stretch is known but the first of this call, in which code is compiled and memory first touched."""
+        """Whether none is known but the first of this call, in which code is compiled and memory first touched."""
         self.cooldown: Cooldown | None = None
         self.eval_seconds: float | None = None
         """What the last evaluation took."""
