@@ -1,0 +1,225 @@
+"""What each ingredient of the `modern` recipe gains: the recipe whole, without each one, and beside `classic`.
+
+    python -m benchmarks.recipe RESULTS.json [--size tiny|10m|30m] [--source FILES] [--rates 0.5,1,2] [--seeds 1,2,3]
+                                             [--lines classic,modern] [--plot FILE.svg]
+
+Every line sees the same samples in the same order, and has its learning rates, times each of `rates`, tried with the
+first seed; the best is used for all seeds. `modern, 0.7 of the tokens` is a whole run of its own, whose rate has
+decayed: where it is ahead of `classic`, the recipe needs at most 0.7 times the tokens. What is measured is kept in
+RESULTS.json and not measured again, so that a call that was cut short goes on. The table is of all that it holds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT, and the steps and samples that it is trained on."""
+
+    n_layer: int
+    n_head: int
+    d_model: int
+    seq_len: int
+    vocab_size: int
+    batch: int
+    steps: int
+
+    def overrides(self, share: float) -> list[str]:
+        """Of a config, for so much of its steps; an evaluation each tenth of them."""
+        steps = round(self.steps * share)
+        model = [f"model.{key}={getattr(self, key)}" for key in ("n_layer", "n_head", "d_model", "vocab_size")]
+        train = [f"train.{key}={self.batch}" for key in ("global_batch_size", "micro_batch_size")]
+        train += [f"train.steps={steps}"]
+        rest = [f"model.max_seq_len={self.seq_len}", f"tokenizer.vocab_size={self.vocab_size}"]
+        pace = [f"train.eval_every={max(1, steps // 10)}", f"schedule.warmup_steps={steps // 20}"]
+        return [*model, *train, *rest, *pace]
+
+
+SIZES = {
+    "tiny": Size(4, 4, 256, 256, 4096, 8, 600),
+    "10m": Size(8, 5, 320, 512, 4096, 16, 1200),
+    "30m": Size(8, 8, 512, 512, 8192, 16, 3600),
+}
+
+CLASSIC, MODERN = "configs/pretrain/gpt-tiny-classic.yaml", "configs/pretrain/gpt-tiny.yaml"
+
+WITHOUT = {
+    "Muon (AdamW for all)": ["optim={name: adamw, lr: 0.003, betas: [0.9, 0.95], weight_decay: 0.1}"],
+    "RMS norm (layer norm, weights)": ["model.norm=layernorm", "model.norm_affine=true"],
+    "RoPE (learned positions)": ["model.position=learned"],
+    "normalised embeddings": ["model.embed_norm=false"],
+    "normalised queries and keys": ["model.qk_norm=false"],
+    "ReLU squared (GELU)": ["model.activation=gelu_tanh"],
+    "projections that start at zero": ["model.residual_init=scaled"],
+    "a head of its own": ["model.tie_embeddings=true"],
+    "a rate that falls to nothing": ["schedule.name=cosine", "schedule.min_ratio=0.1"],
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A config with overrides, trained on a share of the tokens; `rates` are its learning rates."""
+
+    config: str
+    overrides: tuple[str, ...]
+    rates: Mapping[str, float]
+    share: float = 1.0
+
+
+def lines() -> dict[str, Line]:
+    """All lines of the table, in its order."""
+    muon, adamw = {"optim.lr": 0.03, "optim.adam_lr": 0.01}, {"optim.lr": 0.003}
+    found = {"classic": Line(CLASSIC, (), {"optim.lr": 0.002}), "modern": Line(MODERN, (), muon)}
+    for share in (0.7, 0.5):
+        found[f"modern, {share} of the tokens"] = Line(MODERN, (), muon, share)
+    for name, overrides in WITHOUT.items():
+        found[f"modern without {name}"] = Line(MODERN, tuple(overrides), adamw if "adamw" in overrides[0] else muon)
+    return found
+
+
+Curve = list[tuple[int, float]]
+"""Steps done, and the held-out loss (nats a token) after them."""
+
+
+def trained(line: Line, size: Size, rate: float, seed: int, source: str | None) -> Curve:
+    """`python -m pretrain`, in a folder that is gone again."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = [*size.overrides(line.share), *line.overrides, f"seed={seed}", f"run.dir={folder}"]
+        keys += [f"{key}={value * rate}" for key, value in line.rates.items()]
+        keys += ["track.progress=false", "checkpoint.every=0", "train.eval_samples=512"] + (
+            [f"data.source={source}"] if source else []
+        )
+        subprocess.run([sys.executable, "-m", "pretrain", line.config, *keys], check=True, stdout=subprocess.DEVNULL)
+        (metrics,) = Path(folder).glob("*/metrics.jsonl")
+        rows = [json.loads(row) for row in metrics.read_text().splitlines()]
+    return [(row["step"], row["valid/loss"]) for row in rows if "valid/loss" in row]
+
+
+class Results:
+    """The curves of a size and a corpus by line, rate and seed, in a file that is written after each."""
+
+    def __init__(self, path: Path, identity: Mapping[str, str | None]) -> None:
+        """Raises SystemExit when the file is of another size or corpus."""
+        self._path = path
+        held = json.loads(path.read_text()) if path.exists() else {"of": dict(identity), "curves": {}}
+        if held["of"] != dict(identity):
+            raise SystemExit(f"{path} holds results of {held['of']}, this call asks for {dict(identity)}: name another")
+        self._held = held
+
+    def curve(self, name: str, rate: float, seed: int) -> Curve | None:
+        """What was measured, if it was."""
+        found = self._held["curves"].get(f"{name} | {rate:g} | {seed}")
+        return None if found is None else [(step, loss) for step, loss in found]
+
+    def add(self, name: str, rate: float, seed: int, curve: Curve) -> None:
+        """Keep a curve."""
+        self._held["curves"][f"{name} | {rate:g} | {seed}"] = curve
+        self._path.write_text(json.dumps(self._held, indent=1))
+
+    def of(self, name: str) -> tuple[float, list[Curve]] | None:
+        """The rate that was best with the most seeds, and its curves; None where nothing was measured."""
+        by_rate: dict[float, list[Curve]] = {}
+        for key, curve in self._held["curves"].items():
+            line, rate, _ = key.rsplit(" | ", 2)
+            if line == name:
+                by_rate.setdefault(float(rate), []).append(curve)
+        if not by_rate:
+            return None
+        return min(by_rate.items(), key=lambda item: (-len(item[1]), final(item[1])))
+
+
+def final(curves: Iterable[Curve]) -> float:
+    """Mean loss at the end."""
+    return statistics.mean(curve[-1][1] for curve in curves)
+
+
+def measure(args: argparse.Namespace, results: Results) -> None:
+    """Each line's rates with the first seed, then the best rate with the others; what is known already is left out."""
+    wanted = {name: line for name, line in lines().items() if args.lines is None or name in args.lines.split(";")}
+
+    def loss(name: str, rate: float, seed: int) -> float:
+        curve = results.curve(name, rate, seed)
+        if curve is None:
+            curve = trained(wanted[name], SIZES[args.size], rate, seed, args.source)
+            results.add(name, rate, seed, curve)
+            print(f"{name}, rate x {rate:g}, seed {seed}: {curve[-1][1]:.4f}", flush=True)
+        return curve[-1][1]
+
+    seeds, rates = [int(s) for s in args.seeds.split(",")], [float(r) for r in args.rates.split(",")]
+    best = {name: min(rates, key=lambda rate: loss(name, rate, seeds[0])) for name in wanted}
+    for seed in seeds[1:]:
+        for name in wanted:
+            loss(name, best[name], seed)
+
+
+def table(results: Results) -> str:
+    """A row for each line: its loss, and how much more that is than `modern`'s."""
+    rows = [
+        "| recipe | held-out loss, mean (range) | rate | seeds | against modern |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    whole = results.of("modern")
+    for name in lines():
+        found = results.of(name)
+        if found is None:
+            continue
+        rate, curves = found
+        ends = [curve[-1][1] for curve in curves]
+        against = "" if whole is None or name == "modern" else f"{final(curves) - final(whole[1]):+.3f}"
+        span = f"{statistics.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"
+        rows.append(f"| {name} | {span} | x {rate:g} | {len(ends)} | {against} |")
+    return "\n".join(rows)
+
+
+def plot(results: Results, size: Size, path: Path) -> None:
+    """Held-out loss over tokens, the mean over seeds; what is neither whole nor `classic` in grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for name in lines():
+        if (found := results.of(name)) is None:
+            continue
+        steps = [step for step, _ in found[1][0]]
+        losses = [statistics.mean(curve[i][1] for curve in found[1]) for i in range(len(steps))]
+        tokens = [step * size.batch * size.seq_len / 1e6 for step in steps]
+        plain = name.startswith("modern without")
+        style = {"color": "0.8", "linewidth": 1.0} if plain else {"linewidth": 2.0, "label": name}
+        axes.plot(tokens[1:], losses[1:], **style)
+    axes.set(xlabel="tokens (millions)", ylabel="held-out loss (nats a token)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure what is missing, then the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--source", help="the corpus; by default Python's standard library")
+    parser.add_argument("--rates", default="0.5,1,2")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--lines", help="names of lines, ';' between them; by default all")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    results = Results(args.results, {"size": args.size, "source": args.source})
+    measure(args, results)
+    print(table(results))
+    if args.plot:
+        plot(results, SIZES[args.size], args.plot)
+
+
+if __name__ == "__main__":
+    main()
