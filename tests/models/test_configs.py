@@ -14,7 +14,7 @@ PARAMETERS = {
     "bench-8x512": 29_676_544,
     "bench-bert-8x512": 30_016_514,
     "bert-base": 110_106_428,  # as BertForPreTraining
-    "bert-books": 2_114_048,
+    "bert-books": 8_455_168,
     "bert-large": 336_226_108,  # as BertForPreTraining
     "bert-tiny": 4_378_114,
     "gpt-1.3b": 1_315_819_520,
