@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-PRODUCT_BYTES = 128 * 2**20  # logits kept at once on a CPU
+PRODUCT_BYTES = 256 * 2**20  # logits kept at once on a CPU
 CACHE_BYTES = 2**20  # fp32 logits in flight there: about a core's second-level cache
 WHOLE_LOGITS = 2**28  # elsewhere: the most logits that exist at once; in fp32 they are 1 GiB
 CHUNK_LOGITS = 2**27  # and those of a chunk where there are more
