@@ -89,11 +89,11 @@ class Deadline:
         config, left = self._config, self.end - step
         if config.train.max_hours is None or not left:
             return UNDECIDED
-        if self.cooldown is not None:
-            return UNDECIDED if self._fits(0.0) >= left else self._fits(SLACK)
         fits = self._fits(SLACK)
         if self._opening and fits > 2 * steps:
             return UNDECIDED
+        if self.cooldown is not None:
+            return UNDECIDED if self._fits(0.0) >= left else fits
         length = min(self._length(step), left)
         # The next look comes after log_every steps.
         return UNDECIDED if fits >= left or fits - config.train.log_every > length else min(length, fits)

@@ -103,6 +103,20 @@ def test_a_first_step_that_compiles_begins_no_cooldown(clock: Clock) -> None:
     assert step == guide.cooldown.end
 
 
+def test_a_first_step_that_compiles_shortens_no_cooldown(clock: Clock) -> None:
+    made = of(ScheduleSection(name="wsd", warmup_steps=10, decay_steps=300))
+    first = deadline(made)
+    step = 0
+    while first.cooldown is None:
+        step += 10
+        clock.now += 10.0
+        first.adopt(step, first.propose(step, 10, 1.0))
+    planned, second = first.end, deadline(made)
+    second.load(step + 10, first.state())
+    second.adopt(step + 20, second.propose(step + 20, 10, 16.0))
+    assert second.end == planned
+
+
 def test_a_call_without_time_ends_after_its_first_stretch(clock: Clock) -> None:
     guide = deadline(of(ScheduleSection(name="wsd", warmup_steps=10, decay_steps=300)))
     clock.now += HOUR - 30.0
