@@ -12,42 +12,20 @@ RESULTS.json and not measured again, so that a call that was cut short goes on. 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Size:
-    """A GPT, and the steps and samples that it is trained on."""
-
-    n_layer: int
-    n_head: int
-    d_model: int
-    seq_len: int
-    vocab_size: int
-    batch: int
-    steps: int
-
-    def overrides(self, share: float) -> list[str]:
-        """Of a config, for so much of its steps; an evaluation each tenth of them."""
-        steps = round(self.steps * share)
-        model = [f"model.{key}={getattr(self, key)}" for key in ("n_layer", "n_head", "d_model", "vocab_size")]
-        train = [f"train.{key}={self.batch}" for key in ("global_batch_size", "micro_batch_size")]
-        train += [f"train.steps={steps}"]
-        rest = [f"model.max_seq_len={self.seq_len}", f"tokenizer.vocab_size={self.vocab_size}"]
-        pace = [f"train.eval_every={max(1, steps // 10)}", f"schedule.warmup_steps={steps // 20}"]
-        return [*model, *train, *rest, *pace]
-
+from benchmarks.ours import Shape, logged
+from cairn.config.load import load
+from cairn.config.schema import PretrainConfig
 
 SIZES = {
-    "tiny": Size(4, 4, 256, 256, 4096, 8, 600),
-    "10m": Size(8, 5, 320, 512, 4096, 16, 1200),
-    "30m": Size(8, 8, 512, 512, 8192, 16, 3600),
+    "tiny": (Shape(4, 4, 256, 256, 4096, 8), 600),
+    "10m": (Shape(8, 5, 320, 512, 4096, 16), 1200),
+    "30m": (Shape(8, 8, 512, 512, 8192, 16), 3600),
 }
+"""A GPT and its batches, and the steps it is trained for."""
 
 CLASSIC, MODERN = "configs/pretrain/gpt-tiny-classic.yaml", "configs/pretrain/gpt-tiny.yaml"
 
@@ -66,41 +44,35 @@ WITHOUT = {
 
 @dataclass(frozen=True)
 class Line:
-    """A config with overrides, trained on a share of the tokens; `rates` are its learning rates."""
+    """A config with overrides, trained on a share of the tokens."""
 
     config: str
-    overrides: tuple[str, ...]
-    rates: Mapping[str, float]
+    overrides: Sequence[str] = ()
     share: float = 1.0
 
 
 def lines() -> dict[str, Line]:
     """All lines of the table, in its order."""
-    muon, adamw = {"optim.lr": 0.03, "optim.adam_lr": 0.01}, {"optim.lr": 0.003}
-    found = {"classic": Line(CLASSIC, (), {"optim.lr": 0.002}), "modern": Line(MODERN, (), muon)}
-    for share in (0.7, 0.5):
-        found[f"modern, {share} of the tokens"] = Line(MODERN, (), muon, share)
-    for name, overrides in WITHOUT.items():
-        found[f"modern without {name}"] = Line(MODERN, tuple(overrides), adamw if "adamw" in overrides[0] else muon)
-    return found
+    shorter = {f"modern, {share} of the tokens": Line(MODERN, share=share) for share in (0.7, 0.5)}
+    without = {f"modern without {name}": Line(MODERN, overrides) for name, overrides in WITHOUT.items()}
+    return {"classic": Line(CLASSIC), "modern": Line(MODERN), **shorter, **without}
 
 
 Curve = list[tuple[int, float]]
 """Steps done, and the held-out loss (nats a token) after them."""
 
 
-def trained(line: Line, size: Size, rate: float, seed: int, source: str | None) -> Curve:
-    """`python -m pretrain`, in a folder that is gone again."""
-    with tempfile.TemporaryDirectory() as folder:
-        keys = [*size.overrides(line.share), *line.overrides, f"seed={seed}", f"run.dir={folder}"]
-        keys += [f"{key}={value * rate}" for key, value in line.rates.items()]
-        keys += ["track.progress=false", "checkpoint.every=0", "train.eval_samples=512"] + (
-            [f"data.source={source}"] if source else []
-        )
-        subprocess.run([sys.executable, "-m", "pretrain", line.config, *keys], check=True, stdout=subprocess.DEVNULL)
-        (metrics,) = Path(folder).glob("*/metrics.jsonl")
-        rows = [json.loads(row) for row in metrics.read_text().splitlines()]
-    return [(row["step"], row["valid/loss"]) for row in rows if "valid/loss" in row]
+def trained(line: Line, size: str, rate: float, seed: int, source: str | None) -> Curve:
+    """A run whose learning rates are `rate` times those of its config, evaluated each tenth of its steps."""
+    shape, whole = SIZES[size]
+    steps = round(whole * line.share)
+    optim = load(PretrainConfig, Path(line.config), list(line.overrides)).optim
+    keys = [*shape.overrides(), *line.overrides, f"tokenizer.vocab_size={shape.vocab_size}", f"seed={seed}"]
+    keys += [f"optim.{key}={getattr(optim, key) * rate}" for key in ("lr", "adam_lr") if hasattr(optim, key)]
+    keys += [f"train.steps={steps}", f"train.eval_every={steps // 10}", f"schedule.warmup_steps={steps // 20}"]
+    keys += ["track.progress=false", "checkpoint.every=0", "train.eval_samples=512"]
+    keys += [f"data.source={source}"] if source else []
+    return [(row["step"], row["valid/loss"]) for row in logged(line.config, keys) if "valid/loss" in row]
 
 
 class Results:
@@ -148,7 +120,7 @@ def measure(args: argparse.Namespace, results: Results) -> None:
     def loss(name: str, rate: float, seed: int) -> float:
         curve = results.curve(name, rate, seed)
         if curve is None:
-            curve = trained(wanted[name], SIZES[args.size], rate, seed, args.source)
+            curve = trained(wanted[name], args.size, rate, seed, args.source)
             results.add(name, rate, seed, curve)
             print(f"{name}, rate x {rate:g}, seed {seed}: {curve[-1][1]:.4f}", flush=True)
         return curve[-1][1]
@@ -174,12 +146,12 @@ def table(results: Results) -> str:
         rate, curves = found
         ends = [curve[-1][1] for curve in curves]
         against = "" if whole is None or name == "modern" else f"{final(curves) - final(whole[1]):+.3f}"
-        span = f"{statistics.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"
+        span = f"{final(curves):.3f} ({min(ends):.3f} to {max(ends):.3f})"
         rows.append(f"| {name} | {span} | x {rate:g} | {len(ends)} | {against} |")
     return "\n".join(rows)
 
 
-def plot(results: Results, size: Size, path: Path) -> None:
+def plot(results: Results, shape: Shape, path: Path) -> None:
     """Held-out loss over tokens, the mean over seeds; what is neither whole nor `classic` in grey."""
     import matplotlib
 
@@ -192,7 +164,7 @@ def plot(results: Results, size: Size, path: Path) -> None:
             continue
         steps = [step for step, _ in found[1][0]]
         losses = [statistics.mean(curve[i][1] for curve in found[1]) for i in range(len(steps))]
-        tokens = [step * size.batch * size.seq_len / 1e6 for step in steps]
+        tokens = [step * shape.batch * shape.seq_len / 1e6 for step in steps]
         plain = name.startswith("modern without")
         style = {"color": "0.8", "linewidth": 1.0} if plain else {"linewidth": 2.0, "label": name}
         axes.plot(tokens[1:], losses[1:], **style)
@@ -218,7 +190,7 @@ def main() -> None:
     measure(args, results)
     print(table(results))
     if args.plot:
-        plot(results, SIZES[args.size], args.plot)
+        plot(results, SIZES[args.size][0], args.plot)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.ours import opened, summary, trained
+from benchmarks.ours import Shape, opened, summary, trained
 from benchmarks.peers import WARMUP, trainer_steps
 from benchmarks.rounds import Measured, median_range, run_rounds
 from cairn.cluster import Cluster
@@ -26,31 +25,6 @@ if TYPE_CHECKING:
     from cairn.data.batches import Batch
 
 CONFIG = "configs/pretrain/bench-8x512.yaml"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A GPT and its batches."""
-
-    n_layer: int
-    n_head: int
-    d_model: int
-    seq_len: int
-    vocab_size: int
-    micro_batch_size: int
-    grad_accum: int = 1
-
-    @property
-    def batch(self) -> int:
-        """Samples of a step."""
-        return self.micro_batch_size * self.grad_accum
-
-    def overrides(self) -> list[str]:
-        """Of CONFIG."""
-        model = [f"model.{key}={getattr(self, key)}" for key in ("n_layer", "n_head", "d_model", "vocab_size")]
-        sizes = [f"train.global_batch_size={self.batch}", f"train.micro_batch_size={self.micro_batch_size}"]
-        compiled = ["engine.compile=true"] if Cluster().device.type == "cuda" else []
-        return [*model, f"model.max_seq_len={self.seq_len}", *sizes, *compiled]
 
 
 SHAPES = {

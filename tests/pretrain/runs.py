@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cairn.train.folder import RunFolder, parse_rows
+from launch.job import ALLOCATOR
 
 MUON = "deepspeed.runtime.zero.muon.original_muon"  # which compiles when first imported
 FORKS = multiprocessing.get_context("forkserver")
@@ -125,7 +126,7 @@ def _child(module: str, argv: list[str], env: dict[str, str], log: Path, rank: i
     os.dup2(descriptor, 2)
     for key in [key for key in os.environ if key.startswith(LAUNCHERS)]:
         del os.environ[key]
-    os.environ.update(env, OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000")
+    os.environ.update(ALLOCATOR | env | {"OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late: the server has loaded torch
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if before is not None:
