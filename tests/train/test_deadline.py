@@ -113,7 +113,7 @@ def test_a_first_step_that_compiles_shortens_no_cooldown(clock: Clock) -> None:
         first.adopt(step, first.propose(step, 10, 1.0))
     planned, second = first.end, deadline(made)
     second.load(step + 10, first.state())
-    second.adopt(step + 20, second.propose(step + 20, 10, 16.0))
+    second.adopt(step + 20, second.propose(step + 20, 10, 5.0))  # 41 s of the ten steps to compile
     assert second.end == planned
 
 
