@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.chaos import rank_pids
 from cairn.train.folder import RunFolder, parse_rows
+from launch.job import ALLOCATOR
 
 CONFIG = "configs/pretrain/gpt-tiny.yaml"
 EVERY = 4
@@ -117,7 +118,7 @@ WORKERS: dict[str, Callable[[list[str]], None]] = {"save": work_save, "restart":
 
 def worker(name: str, argv: list[str]) -> Any:
     """What a worker in a process of its own prints last."""
-    env = os.environ | {"BENCH_BEGAN": repr(time.time())}
+    env = os.environ | ALLOCATOR | {"BENCH_BEGAN": repr(time.time())}
     command = [sys.executable, "-m", "benchmarks.survive", "--worker", name, *argv]
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -35,9 +35,9 @@ SHAPES = {
 }
 
 
-def run_cairn(shape: Shape, steps: int) -> Measured:
+def run_cairn(shape: Shape, steps: int, *overrides: str) -> Measured:
     """Our trainer, as a user runs it; per-step times from its own metrics."""
-    return summary(trained(CONFIG, shape.overrides(), steps + WARMUP), WARMUP)
+    return summary(trained(CONFIG, [*shape.overrides(), *overrides], steps + WARMUP), WARMUP)
 
 
 def _samples(shape: Shape) -> tuple[Any, Any]:
@@ -187,6 +187,7 @@ def run_plain(shape: Shape, steps: int) -> Measured:
 
 SYSTEMS = {
     "cairn": run_cairn,
+    "cairn-pytorch": lambda shape, steps: run_cairn(shape, steps, "engine.kernels=pytorch"),
     "bare": run_bare,
     "plain-compiled": run_plain,
     "transformers": run_transformers,

@@ -8,7 +8,7 @@ from cairn.config.base import Section
 
 Position = Literal["learned", "sinusoidal", "t5", "rope", "alibi", "none"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"]
-AttentionBackend = Literal["auto", "reference", "sdpa", "flex", "blocked"]
+AttentionBackend = Literal["auto", "reference", "sdpa", "flex", "blocked", "amx"]
 
 
 class LanguageModelSection(Section):

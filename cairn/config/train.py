@@ -81,6 +81,8 @@ class EngineSection(Section):
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    kernels: Literal["auto", "pytorch"] = "auto"
+    """auto: our own in bf16 on a CPU with AMX, compiled by g++ where they are first used; pytorch: none of ours."""
     deterministic: bool = False
     """Only kernels that give the same bits each time, on GPUs too; slower."""
     deepspeed: dict[str, Any] = {}

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cairn.config.model import BERTSection
-from cairn.models.layers import Norm, Vocabulary, activate
+from cairn.models.layers import Norm, Vocabulary
 from cairn.models.transformer import Transformer
+from cairn.ops.linear import Linear
 from cairn.ops.losses import IGNORE
 
 
@@ -16,13 +17,13 @@ class MaskedHead(nn.Module):
     def __init__(self, section: BERTSection, vocab_size: int) -> None:
         super().__init__()
         self.section = section
-        self.dense = nn.Linear(section.d_model, section.d_model, bias=section.bias)
+        self.dense = Linear(section.d_model, section.d_model, bias=section.bias)
         self.norm = Norm(section.d_model, section)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if section.bias else None
 
     def forward(self, hidden: Tensor, vocabulary: Vocabulary, labels: Tensor | None = None) -> Tensor:
         """(..., D) -> logits (..., V), or with labels (...) the summed loss."""
-        x = self.norm(activate(self.dense(hidden), self.section.activation))
+        x = self.norm(self.dense(hidden, self.section.activation))
         return vocabulary(x, True, labels, self.bias, self.section.logit_softcap)  # type: ignore[no-any-return]
 
 
@@ -31,7 +32,7 @@ class Pooler(nn.Module):
 
     def __init__(self, section: BERTSection) -> None:
         super().__init__()
-        self.dense = nn.Linear(section.d_model, section.d_model, bias=section.bias)
+        self.dense = Linear(section.d_model, section.d_model, bias=section.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, D)."""
@@ -47,7 +48,7 @@ class BERT(Transformer):
         super().__init__(section, vocab_size, causal=False, n_segment=section.n_segment)
         self.pooler = Pooler(section)
         self.masked_head = MaskedHead(section, vocab_size)
-        self.next_sentence_head = nn.Linear(section.d_model, 2, bias=section.bias)
+        self.next_sentence_head = Linear(section.d_model, 2, bias=section.bias)
         self.head = None if section.tie_embeddings else Vocabulary(vocab_size, section.d_model)
         self.initialize()
 

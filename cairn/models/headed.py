@@ -9,6 +9,7 @@ from cairn.config.model import BERTSection, TransformerSection
 from cairn.models.bert import Pooler
 from cairn.models.lora import add_lora
 from cairn.models.transformer import Transformer
+from cairn.ops.linear import Linear
 
 
 class Headed(Transformer):
@@ -24,7 +25,7 @@ class Headed(Transformer):
         self.kind = head.kind
         self.pooler = Pooler(encoder) if encoder and head.kind == "sequence" else None
         # GPT2ForSequenceClassification and its kin have no bias there.
-        self.head = nn.Linear(section.d_model, head.n_out, bias=encoder is not None or head.kind == "token")
+        self.head = Linear(section.d_model, head.n_out, bias=encoder is not None or head.kind == "token")
         self.initialize()
 
     def forward(

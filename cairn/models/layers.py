@@ -7,26 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cairn.config.model import Activation, TransformerSection
+from cairn.config.model import TransformerSection
+from cairn.ops.activations import activate
 from cairn.ops.embedding import embedding
+from cairn.ops.linear import Linear
 from cairn.ops.losses import cross_entropy_sum, logits_of
-from cairn.ops.norms import layer_norm, rms_norm
+from cairn.ops.norms import Scale, add_norm, norm
 from cairn.ops.positions import sinusoids, t5_buckets
-
-
-def activate(x: Tensor, name: Activation) -> Tensor:
-    """The non-linearity; of a gate where it is gated: swiglu's is silu, geglu's gelu_tanh."""
-    match name:
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh" | "geglu":
-            return F.gelu(x, approximate="tanh")
-        case "relu":
-            return F.relu(x)
-        case "relu2":
-            return F.relu(x).square()
-        case "swiglu":
-            return F.silu(x)
 
 
 class Norm(nn.Module):
@@ -39,10 +26,12 @@ class Norm(nn.Module):
         shifted = section.norm_affine and section.bias and self.kind == "layernorm"
         self.bias = nn.Parameter(torch.zeros(dim)) if shifted else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "rmsnorm":
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, residual: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (..., D) normed; or with `residual` x + branch, or x, and that normed: where the stream goes on beside."""
+        scale = Scale(self.weight, self.bias, self.eps, self.kind == "layernorm")
+        return add_norm(x, branch, scale) if residual else norm(x, scale)
 
 
 class Lookup(nn.Module):
@@ -132,11 +121,13 @@ class MLP(nn.Module):
     def __init__(self, section: TransformerSection) -> None:
         super().__init__()
         self.activation = section.activation
-        self.up = nn.Linear(section.d_model, section.ff_dim, bias=section.bias)
-        self.gate = nn.Linear(section.d_model, section.ff_dim, bias=section.bias) if section.gated else None
-        self.down = nn.Linear(section.ff_dim, section.d_model, bias=section.bias)
+        self.up = Linear(section.d_model, section.ff_dim, bias=section.bias)
+        self.gate = Linear(section.d_model, section.ff_dim, bias=section.bias) if section.gated else None
+        self.down = Linear(section.ff_dim, section.d_model, bias=section.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up(x)
-        hidden = activate(up, self.activation) if self.gate is None else activate(self.gate(x), self.activation) * up
+        if self.gate is None:
+            hidden = self.up(x, self.activation)
+        else:
+            hidden = activate(self.gate(x), self.activation) * self.up(x)
         return self.down(hidden)  # type: ignore[no-any-return]

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cairn.config.finetune import LoRASection
+from cairn.config.model import Activation
+from cairn.ops.activations import activate
+from cairn.ops.linear import Linear, linear
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """x W^T + b + (alpha / rank) x A^T B^T, where only A (rank, in) and B (out, rank) train; B begins as zero."""
 
     def __init__(self, plain: nn.Linear, section: LoRASection) -> None:
@@ -22,10 +25,11 @@ class LoRALinear(nn.Linear):
         self.scale, self.dropout = section.alpha / section.rank, section.dropout
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """(..., in) -> (..., out)."""
         update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_a), self.lora_b)
-        return F.linear(x, self.weight, self.bias) + self.scale * update
+        y = linear(x, self.weight, self.bias) + self.scale * update
+        return y if activation is None else activate(y, activation)
 
 
 def add_lora(model: nn.Module, section: LoRASection) -> None:
@@ -39,7 +43,7 @@ def merge_lora(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                plain = nn.Linear(child.in_features, child.out_features, device="meta")
+                plain = Linear(child.in_features, child.out_features, device="meta")
                 plain.weight, plain.bias = child.weight, child.bias
                 with torch.no_grad():
                     plain.weight += child.scale * (child.lora_b @ child.lora_a)

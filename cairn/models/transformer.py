@@ -17,6 +17,7 @@ from cairn.models.layers import MLP, Embedding, Norm, RelativeBias
 from cairn.ops import positions
 from cairn.ops.attention import attention
 from cairn.ops.backends import attention_map
+from cairn.ops.linear import Linear
 from cairn.ops.masks import Mask
 
 
@@ -45,15 +46,16 @@ class Attention(nn.Module):
         super().__init__()
         self.section, self.layer = section, layer
         width = (section.n_head + 2 * section.kv_heads) * section.head_dim
-        self.qkv = nn.Linear(section.d_model, width, bias=section.bias)
+        self.qkv = Linear(section.d_model, width, bias=section.bias)
         self.q_norm = Norm(section.head_dim, section, "rmsnorm") if section.qk_norm else None
         self.k_norm = Norm(section.head_dim, section, "rmsnorm") if section.qk_norm else None
-        self.out = nn.Linear(section.d_model, section.d_model, bias=section.bias)
+        self.out = Linear(section.d_model, section.d_model, bias=section.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         s = self.section
-        heads = self.qkv(x).unflatten(-1, (-1, s.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
-        q, k, v = heads.split([s.n_head, s.kv_heads, s.kv_heads], 1)
+        heads = self.qkv(x).unflatten(-1, (-1, s.head_dim))  # (B, T, H + 2 Hkv, D)
+        # Split before they are turned: in this order the gradients are put together in one copy.
+        q, k, v = (part.transpose(1, 2) for part in heads.split([s.n_head, s.kv_heads, s.kv_heads], 2))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rope is not None:
@@ -76,11 +78,11 @@ class CrossAttention(nn.Module):
     def __init__(self, section: TransformerSection, layer: int) -> None:
         super().__init__()
         self.section, self.layer = section, layer
-        self.q = nn.Linear(section.d_model, section.d_model, bias=section.bias)
-        self.kv = nn.Linear(section.d_model, 2 * section.kv_heads * section.head_dim, bias=section.bias)
+        self.q = Linear(section.d_model, section.d_model, bias=section.bias)
+        self.kv = Linear(section.d_model, 2 * section.kv_heads * section.head_dim, bias=section.bias)
         self.q_norm = Norm(section.head_dim, section, "rmsnorm") if section.qk_norm else None
         self.k_norm = Norm(section.head_dim, section, "rmsnorm") if section.qk_norm else None
-        self.out = nn.Linear(section.d_model, section.d_model, bias=section.bias)
+        self.out = Linear(section.d_model, section.d_model, bias=section.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -122,14 +124,18 @@ class Block(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         cross, cross_norm = self.cross_attention, self.cross_attention_norm
         if self.pre:
-            x = x + self._drop(self.attention(self.attention_norm(x), context))
+            x, normed = self.attention_norm(x, residual=True)
+            branch = self._drop(self.attention(normed, context))
             if cross is not None and cross_norm is not None:
-                x = x + self._drop(cross(cross_norm(x), context))
-            return x + self._drop(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, context)))
+                x, normed = cross_norm(x, branch, residual=True)
+                branch = self._drop(cross(normed, context))
+            x, normed = self.mlp_norm(x, branch, residual=True)
+            return x + self._drop(self.mlp(normed))
+        _, x = self.attention_norm(x, self._drop(self.attention(x, context)), residual=True)
         if cross is not None and cross_norm is not None:
-            x = cross_norm(x + self._drop(cross(x, context)))
-        return self.mlp_norm(x + self._drop(self.mlp(x)))  # type: ignore[no-any-return]
+            _, x = cross_norm(x, self._drop(cross(x, context)), residual=True)
+        _, x = self.mlp_norm(x, self._drop(self.mlp(x)), residual=True)
+        return x
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from cairn.errors import UserError
+from cairn.ops import amx
 from cairn.ops.backends import reference, sdpa
 from cairn.ops.blocked import blocked
 from cairn.ops.flex import flex
 from cairn.ops.masks import Mask
 
-Backend = Literal["auto", "reference", "sdpa", "flex", "blocked"]
+Backend = Literal["auto", "reference", "sdpa", "flex", "blocked", "amx"]
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, Tensor | None, float], Tensor]] = {
     "reference": reference,
     "sdpa": sdpa,
     "flex": flex,
     "blocked": blocked,
+    "amx": amx.amx,
 }
 FLEX_HEAD_DIM = 16  # the narrowest head its compiled kernel takes
 PROBS_BYTES = 256 * 2**20  # probabilities of one layer that `auto` lets the blocked backend keep
@@ -42,15 +44,17 @@ def attention(
     """
     name: str = backend
     if backend == "auto":
-        name, reason = choose(q, k, mask, dropout)
+        name, reason = choose(q, k, mask, bias, dropout)
         _tell(name, reason)
-    elif why := obstacle(backend, q, k, v, bias, dropout):
+    elif why := obstacle(backend, q, k, v, mask, bias, dropout):
         raise UserError(f"model.attention_backend {backend} cannot run here: {why}; auto picks one that can")
     return BACKENDS[name](q, k, v, mask, bias, dropout)
 
 
-def obstacle(backend: Backend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> str | None:
-    """Why a backend cannot run on these, or None. All of them support every mask, a bias and grouped queries."""
+def obstacle(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dropout: float
+) -> str | None:
+    """Why a backend cannot run on these, or None. All but amx support every mask and a bias; all, grouped queries."""
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
     on_cpu = q.device.type == "cpu"
     if backend == "flex" and dropout:
@@ -59,12 +63,14 @@ def obstacle(backend: Backend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
         return f"FlexAttention's kernel needs heads of {FLEX_HEAD_DIM} or wider, and these are {q.shape[3]}"
     if backend == "flex" and on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "FlexAttention has no backward pass on a CPU"
+    if backend == "amx":
+        return amx.obstacle(q, k, mask, bias, dropout)
     if backend == "blocked" and not on_cpu:
         return f"it is made for CPUs, and this is {q.device.type}"
     return None
 
 
-def choose(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> tuple[str, str]:
+def choose(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> tuple[str, str]:
     """The backend that `auto` takes, by device, mask and shape, and why."""
     b, h, t, s = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     if q.device.type == "cuda":
@@ -79,6 +85,8 @@ def choose(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> tuple[str, str]:
             return "sdpa", f"FlexAttention's kernel needs heads of {FLEX_HEAD_DIM} or wider"
         return "flex", "it skips what a window or documents hide"
     if q.device.type == "cpu" and t > 1:
+        if amx.obstacle(q, k, mask, bias, dropout) is None:
+            return "amx", "our kernels for this CPU"
         if b * h * t * s * q.element_size() <= PROBS_BYTES:
             return "blocked", "made for CPUs, and the probabilities of a layer fit"
         return "sdpa", "the probabilities of a layer would take much memory"

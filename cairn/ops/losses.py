@@ -1,10 +1,15 @@
 """The language-model loss: from hidden states to a summed negative log likelihood."""
 
+import ctypes
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from cairn.ops import native
+from cairn.ops.linear import SHORT_SUM, product, weight_gradient
 
 IGNORE = -100
 PRODUCT_BYTES = 256 * 2**20  # logits kept at once on a CPU
@@ -61,23 +66,26 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         n, vocab = hidden.shape[0], weight.shape[0]
         rows, piece = chunks(hidden, vocab)
+        ours = native.usable(hidden, weight, bias)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if train else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros(vocab, device=hidden.device) if train and bias is not None else None
         for start in range(0, n, rows):
             h = hidden[start : start + rows]
-            logits = h @ weight.t()  # (rows, V)
-            for i in range(0, h.shape[0], piece):
-                label = labels[start + i : start + min(i + piece, rows)]
-                total += _piece(logits[i : i + piece], label, bias, softcap, train)
+            logits = product(h, weight, None) if ours and weight.shape[1] <= SHORT_SUM else h @ weight.t()  # (rows, V)
+            if ours:
+                total += _rows(logits, labels[start : start + rows], bias, softcap, train)
+            else:
+                for i in range(0, h.shape[0], piece):
+                    label = labels[start + i : start + min(i + piece, rows)]
+                    total += _piece(logits[i : i + piece], label, bias, softcap, train)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
-                if n <= rows:
-                    grad_weight = logits.t() @ h
-                else:  # several products: their sum is kept in fp32
-                    product = (logits.t() @ h).float()
-                    grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                share = weight_gradient(logits, h)[0] if ours else logits.t() @ h
+                if n > rows:  # several products: their sum is kept in fp32
+                    share = share.float() if grad_weight is None else grad_weight.add_(share)
+                grad_weight = share
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=torch.float32)
         if train:
@@ -92,6 +100,27 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scaled_bias = None if grad_bias is None else (grad_bias * grad).to(ctx.bias_dtype)
         return grad_hidden * grad, grad_weight * grad, None, scaled_bias, None, None
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "vocab", "ignore")),
+        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("train", "threads")),
+    )
+
+
+def _rows(logits: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, train: bool) -> Tensor:
+    """As `_piece`, of any number of rows, by our kernel. Raises IndexError for a label beyond the vocabulary."""
+    labels = labels.long().contiguous()
+    if labels.numel() and not isinstance(labels, FakeTensor):
+        low, high = labels.masked_fill(labels == IGNORE, 0).aminmax()
+        if low < 0 or high >= logits.shape[1]:
+            raise IndexError(f"labels from {int(low)} to {int(high)}, of a vocabulary of {logits.shape[1]}")
+    loss = torch.empty(logits.shape[0])
+    shape = _Shape(*logits.shape, IGNORE, softcap or 0.0, train, torch.get_num_threads())
+    native.call("cairn_cross_entropy", shape, logits, bias, labels, loss)
+    return loss.sum(dtype=torch.float64)
 
 
 def _piece(logits: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, train: bool) -> Tensor:

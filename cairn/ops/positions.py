@@ -1,9 +1,13 @@
 """Positional encodings. Tables are computed in fp32 where they are used, so no cast of the model can spoil them."""
 
+import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from cairn.ops import native
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
@@ -24,8 +28,31 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tenso
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its position's angle, as Llama does."""
     cos, sin = table
+    if native.usable(x) and cos.shape == (x.shape[2], x.shape[3] // 2):
+        y: Tensor = _Rotate.apply(x, cos, sin, False)  # type: ignore[no-untyped-call]
+        return y
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.back = back
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y = torch.empty_like(x)
+        shape = _Turn(*x.shape, back, torch.get_num_threads())
+        native.call("cairn_rotate", shape, native.Rows.of(x), cos.contiguous(), sin.contiguous(), native.Rows.of(y))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Rotate.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None  # type: ignore[no-untyped-call]
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("B", "H", "T", "D", "back", "threads"))
 
 
 def t5_buckets(distance: Tensor, causal: bool, n_buckets: int = 32, max_distance: int = 128) -> Tensor:

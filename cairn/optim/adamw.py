@@ -1,10 +1,54 @@
-"""Parameter groups of AdamW: matrices and embeddings decay, norms and biases do not."""
+"""AdamW (arXiv 1711.05101) and its parameter groups: matrices and embeddings decay, norms and biases do not."""
 
+import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from cairn.ops import native
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW; with `fuse`, one pass of our own that clips, steps and rounds to bf16."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, fused=True)
+        self._copies: dict[int, Tensor] = {}
+
+    def fuse(self, copies: Mapping[int, Tensor], scale: Callable[[], float]) -> None:
+        """From now on a step multiplies gradients by `scale()`, and sets the bf16 copy of each fp32 parameter, by id.
+
+        The caller asks `native.available` first.
+        """
+        self._copies, self._scale = dict(copies), scale
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter that has a gradient."""
+        if not self._copies:
+            return super().step(closure)
+        scale, threads = self._scale(), torch.get_num_threads()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] += 1
+                t, (beta1, beta2) = state["step"].item(), group["betas"]
+                rates = scale, group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
+                sizes = _Step(p.numel(), *rates, 1 - beta1**t, 1 - beta2**t, threads)
+                native.call("cairn_adamw", sizes, p, p.grad, state["exp_avg"], state["exp_avg_sq"], self._copies[id(p)])
+        return None
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("clip", "lr", "beta1", "beta2", "eps", "weight_decay")),
+        *((name, ctypes.c_float) for name in ("correction1", "correction2")),
+        ("threads", ctypes.c_int64),
+    )
 
 
 def adamw_groups(

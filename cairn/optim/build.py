@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cairn.config.train import AdamWSection, MuonSection
-from cairn.optim.adamw import adamw_groups
+from cairn.optim.adamw import AdamW, adamw_groups
 from cairn.optim.muon import MuonAdamW, hidden_matrices
 
 Named = Iterable[tuple[str, nn.Parameter]]
@@ -23,7 +23,7 @@ def build_optimizer(
     named = [(name, param) for name, param in named_params if param.requires_grad]
     if isinstance(section, AdamWSection):
         groups = adamw_groups(named, section.lr, section.betas, section.eps, section.weight_decay, section.layer_decay)
-        return torch.optim.AdamW(groups, fused=True)
+        return AdamW(groups)
     hidden = hidden_matrices(model)
     muon: dict[str, Any] = {
         "params": [param for _, param in named if id(param) in hidden],

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from cairn.cluster import Cluster
 from cairn.config.train import EngineSection, OptimSection
 from cairn.errors import UserError
+from cairn.ops import native
 from cairn.ops.deterministic import use_deterministic_kernels
 from cairn.ops.precision import settled
+from cairn.optim.adamw import AdamW
 from cairn.optim.build import build_optimizer
+from cairn.train.engine_alone import Alone
 from cairn.train.engine_config import deepspeed_config, effective_stage
 from cairn.train.engine_layout import flat_slots, replicated_slots, sharded_slots
 from cairn.train.engine_state import NamedState
@@ -67,6 +70,7 @@ class Engine:
         """Whether it was, in fp16, with a loss scale that can still fall, which may mend it."""
         self._clip, self._stage, self._offload = optim.grad_clip, effective_stage(engine), engine.offload != "none"
         self._world_size = cluster.world_size
+        native.allow(engine.kernels == "auto")
         if engine.deterministic:
             use_deterministic_kernels()
         config = deepspeed_config(engine, micro_batch_size, optim.grad_clip)
@@ -96,9 +100,8 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)
         self._zero: Any = self._engine.optimizer
-        if cluster.world_size == 1 and self._stage == 1 and not hasattr(self._zero, "reduce_gradients"):
-            # Nothing to reduce, for which DeepSpeed would copy all gradients together and apart again.
-            self._engine.enable_backward_allreduce = False
+        alone = cluster.world_size == 1 and self._stage == 1 and not hasattr(self._zero, "reduce_gradients")
+        self._alone = Alone(self._engine) if alone else None
         if self._stage == 0:
             slots = replicated_slots(groups)
         elif self._stage < 3:
@@ -108,6 +111,8 @@ class Engine:
         self._state = NamedState(self.module, groups, slots, self._optimizer, self._stage, self.device)
         self._state.check(initial, self.dtype, deepspeed.__version__)
         self._state.prime()
+        if self._alone and isinstance(self._optimizer, AdamW):
+            self._alone.fuse(self._optimizer, optim.grad_clip)
         self._state.write(lambda key: initial[key.removeprefix("weight/")], trained_weights_only=True)
         self._refresh()
         if self._scaler is not None:
@@ -157,6 +162,8 @@ class Engine:
         if self._stage == 0:
             self._replicated_step()
             return
+        if self._alone:
+            self._alone.clear_unused()
         for flags in getattr(self._zero, "fp32_groups_has_gradients", ()):
             # Ranks on which a parameter was not used must clip its gradient too.
             flags[:] = [True] * len(flags)
@@ -247,7 +254,7 @@ class Engine:
     def _refresh(self) -> None:
         """Make the weights that are computed with from the masters, on every rank, as after a step."""
         if self._stage in (1, 2):
-            self._zero.update_lp_params()
+            type(self._zero).update_lp_params(self._zero)
         elif self._stage == 3:
             self._zero._partition_all_parameters()
             for index in range(len(self._zero.fp16_groups)):

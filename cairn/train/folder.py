@@ -21,6 +21,7 @@ MAY_DIFFER = (
     "engine.activation_checkpointing",
     "engine.compile",
     "engine.deterministic",
+    "engine.kernels",
     "engine.deepspeed",
     "track",
     "checkpoint",

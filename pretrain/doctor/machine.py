@@ -50,6 +50,7 @@ def checks(config: PretrainConfig) -> list[Check]:
         ("ports", lambda: ports(RENDEZVOUS_PORT)),
         ("host name", lambda: host_name(socket.gethostname())),
         ("file system", lambda: file_system(Path(config.run.dir))),
+        ("kernels", kernels),
         ("attention", lambda: attention(config)),
         ("precision", lambda: precision(config.engine)),
         ("imports", lambda: imports(LOADED)),
@@ -227,6 +228,20 @@ def nearest(path: Path) -> Path:
     return next(above for above in (path, *path.parents) if above.exists())
 
 
+def kernels() -> Finding:
+    """Our own, where a CPU trains in bf16."""
+    from cairn.ops import native
+
+    if torch.cuda.is_available():
+        return ok("PyTorch's, on GPUs")
+    why = native.obstacle()
+    if why is None:
+        return ok("our own, for AMX")
+    if native.cpu_flags() >= native.NEEDS:
+        return warning(f"PyTorch's: {why}", "install g++: this CPU has AMX and trains faster with our own")
+    return ok(f"PyTorch's: {why}")
+
+
 def attention(config: PretrainConfig) -> Finding:
     """The kernel that `auto` takes here for the model's shape."""
     from cairn.ops.attention import choose
@@ -241,7 +256,8 @@ def attention(config: PretrainConfig) -> Finding:
     q = q.expand(batch, model.n_head, length, model.head_dim)
     documents = torch.zeros(batch, length, dtype=torch.int64) if config.data.document_mask else None
     mask = Mask(model.objective == "causal", model.sliding_window, documents)
-    name, reason = choose(q, q, mask, model.attention_dropout)
+    bias = torch.empty(1) if model.position in ("t5", "alibi") else None
+    name, reason = choose(q, q, mask, bias, model.attention_dropout)
     return ok(f"{name} on {device.type} ({reason}); model.attention_backend pins one")
 
 

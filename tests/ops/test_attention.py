@@ -173,8 +173,8 @@ def test_asking_for_a_backend_that_cannot_says_why() -> None:
 
 def test_auto_keeps_memory_linear_for_long_sequences() -> None:
     long = torch.empty(8, 16, 4096, 1)
-    assert choose(long, long, Mask(causal=True), 0.0)[0] == "sdpa"
-    assert choose(long[:, :, :256], long[:, :, :256], Mask(causal=True), 0.0)[0] == "blocked"
+    assert choose(long, long, Mask(causal=True), None, 0.0)[0] == "sdpa"
+    assert choose(long[:, :, :256], long[:, :, :256], Mask(causal=True), None, 0.0)[0] == "blocked"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_auto_keeps_memory_linear_for_long_sequences() -> None:
 def test_what_auto_takes_on_a_gpu(width: int, mask: Mask, dropout: float, backend: str) -> None:
     with FakeTensorMode():
         q = torch.empty(1, 2, 32, width, device="cuda")
-        assert choose(q, q, mask, dropout)[0] == backend
+        assert choose(q, q, mask, None, dropout)[0] == backend
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -9,6 +9,7 @@ from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
 from cairn.models.build import build_model
 from cairn.models.transformer import Stack
+from cairn.ops import native
 from cairn.plan.trace import Activations, Counter, Trace, _inputs, trace_activations
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def test_depth_is_read_off_beyond_the_models_that_were_run():
     assert found.at(lambda trace: trace.blocks) == 10 + 22 * 4 + 5
 
 
-def test_fused_attention_on_a_gpu_grows_with_the_length_and_blocked_on_a_cpu_with_its_square():
+def test_fused_attention_grows_with_the_length_and_blocked_on_a_cpu_with_its_square(monkeypatch):
     def grows(device):
         short, long = (
             trace_activations(config("bench-8x512", f"data.seq_len={n}"), 512, 2, False, device) for n in (128, 256)
@@ -83,4 +84,7 @@ def test_fused_attention_on_a_gpu_grows_with_the_length_and_blocked_on_a_cpu_wit
         return long.at(lambda trace: trace.blocks) / short.at(lambda trace: trace.blocks)
 
     assert grows("cuda") == pytest.approx(2.0, rel=0.01)
+    if native.available():
+        assert grows("cpu") == pytest.approx(2.0, rel=0.01)
+    monkeypatch.setattr(native, "available", lambda: False)
     assert grows("cpu") > 2.1

@@ -1,0 +1,40 @@
+// AdamW (arXiv 1711.05101) in one pass: clipping, the moments, the fp32 weight and its bf16 copy.
+#pragma once
+
+#include "amx.h"
+
+struct AdamW {
+  int64_t n;
+  float clip;  // what the gradient is multiplied by
+  float lr, beta1, beta2, eps, weight_decay;
+  float correction1, correction2;  // 1 - beta^t
+  int64_t threads;
+};
+
+void adamw(const AdamW& s, float* weight, const float* grad, float* mean, float* square, bf16* copy) {
+  constexpr int64_t kPiece = 1 << 14;
+  const __m512 clip = _mm512_set1_ps(s.clip), beta2 = _mm512_set1_ps(s.beta2), eps = _mm512_set1_ps(s.eps);
+  const __m512 new1 = _mm512_set1_ps(1 - s.beta1), new2 = _mm512_set1_ps(1 - s.beta2);
+  const __m512 kept = _mm512_set1_ps(1 - s.lr * s.weight_decay), step = _mm512_set1_ps(s.lr / s.correction1);
+  const __m512 root = _mm512_set1_ps(std::sqrt(s.correction2));
+#pragma omp parallel num_threads(s.threads)
+  {
+    FlushToZero flush;
+#pragma omp for schedule(static)
+    for (int64_t begin = 0; begin < s.n; begin += kPiece)
+      for (int64_t i = begin; i < std::min(begin + kPiece, s.n); i += 16) {
+        const __mmask16 which = first(s.n - i);
+        const __m512 g = _mm512_mul_ps(_mm512_maskz_loadu_ps(which, grad + i), clip);
+        __m512 m = _mm512_maskz_loadu_ps(which, mean + i), v = _mm512_maskz_loadu_ps(which, square + i);
+        m = _mm512_fmadd_ps(_mm512_sub_ps(g, m), new1, m);
+        v = _mm512_fmadd_ps(v, beta2, _mm512_mul_ps(_mm512_mul_ps(g, g), new2));
+        const __m512 size = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), root), eps);
+        __m512 w = _mm512_mul_ps(_mm512_maskz_loadu_ps(which, weight + i), kept);
+        w = _mm512_fnmadd_ps(step, _mm512_div_ps(m, size), w);
+        _mm512_mask_storeu_ps(mean + i, which, m);
+        _mm512_mask_storeu_ps(square + i, which, v);
+        _mm512_mask_storeu_ps(weight + i, which, w);
+        store(copy + i, w, which);
+      }
+  }
+}

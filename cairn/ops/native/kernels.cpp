@@ -1,0 +1,62 @@
+// What Python calls, through ctypes. Sizes and strides count elements.
+#include <cmath>
+
+#include "adamw.h"
+#include "attention.h"
+#include "gemm.h"
+#include "rows.h"
+
+extern "C" {
+
+int cairn_request_tiles() { return request_tiles(); }
+
+void cairn_attention_forward(const Shape* shape, const Heads* q, const Heads* k, const Heads* v, const int32_t* low,
+                             const int32_t* high, const Heads* out, float* lse) {
+  attention_forward(*shape, *q, *k, *v, low, high, *out, lse);
+}
+
+void cairn_attention_backward(const Shape* shape, const Heads* q, const Heads* k, const Heads* v, const int32_t* low,
+                              const int32_t* high, const Heads* out, const float* lse, const Heads* grad,
+                              const Heads* dq, const Heads* dk, const Heads* dv) {
+  attention_backward(*shape, *q, *k, *v, low, high, *out, lse, *grad, *dq, *dk, *dv);
+}
+
+// c (M, N) = x (M, K) weight (N, K)^T + bias (N), and where it is wanted its activation. Bias and `activated` may be null.
+void cairn_linear(int64_t M, int64_t N, int64_t K, const Matrix* x, const Matrix* weight, const bf16* bias, bf16* c,
+                  bf16* activated, int64_t activation, int64_t threads) {
+  gemm(M, N, K, *x, {weight->data, weight->stride, 1}, c, {bias, activated, Activation(activation)}, threads);
+}
+
+// The gradient (N, K) of a weight, and (N) of its bias, from x (M, K) and the gradient (M, N) of the result.
+void cairn_weight_gradient(int64_t M, int64_t N, int64_t K, const Matrix* grad, const Matrix* x, bf16* weight, bf16* bias,
+                           int64_t threads) {
+  gemm(N, K, M, {grad->data, grad->stride, 1}, *x, weight, {.row_sums = bias}, threads);
+}
+
+void cairn_activation_gradient(int64_t n, const bf16* grad, const bf16* x, bf16* to, int64_t activation,
+                               int64_t threads) {
+  activation_gradient(n, grad, x, to, Activation(activation), threads);
+}
+
+void cairn_cross_entropy(const CrossEntropy* shape, bf16* logits, const bf16* bias, const int64_t* labels, float* loss) {
+  cross_entropy(*shape, logits, bias, labels, loss);
+}
+
+void cairn_norm_forward(const Norm* shape, const Rows* x, const Rows* branch, const Rows* sum, const bf16* scale,
+                        const bf16* shift, const Rows* y, float* mean, float* inverse) {
+  norm_forward(*shape, *x, *branch, *sum, scale, shift, *y, mean, inverse);
+}
+
+void cairn_norm_backward(const Norm* shape, const Rows* x, const Rows* grad, const Rows* beside, const bf16* scale,
+                         const float* mean, const float* inverse, const Rows* dx, bf16* dscale, bf16* dshift) {
+  norm_backward(*shape, *x, *grad, *beside, scale, mean, inverse, *dx, dscale, dshift);
+}
+
+void cairn_rotate(const Turn* shape, const Rows* x, const float* cosine, const float* sine, const Rows* y) {
+  rotate(*shape, *x, cosine, sine, *y);
+}
+
+void cairn_adamw(const AdamW* step, float* weight, const float* grad, float* mean, float* square, bf16* copy) {
+  adamw(*step, weight, grad, mean, square, copy);
+}
+}
