@@ -24,7 +24,7 @@ def amx(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dropou
 
 def obstacle(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> str | None:
     """Why these kernels cannot run on such attention, or None."""
-    if not all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (q, k)):
+    if not native.fits(q, k):
         return f"it is made for bf16 on CPUs, and this is {str(q.dtype).removeprefix('torch.')} on {q.device.type}"
     if bias is not None:
         return "it adds no bias to the scores"
@@ -48,7 +48,7 @@ class _Shape(ctypes.Structure):
 @torch.library.custom_op("cairn::amx_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Also gives the log-sum-exp, in base 2, of each query's scaled scores, (B, H, T) fp32."""
-    q, k, v = _dense_last(q), _dense_last(k), _dense_last(v)
+    q, k, v = map(native.dense, (q, k, v))
     out, lse = _heads_like(q), torch.empty(q.shape[:3])
     native.call("cairn_attention_forward", _shape(q, k, low), *_heads(q, k, v), low, high, *_heads(out), lse)
     return out, lse
@@ -58,7 +58,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor) -> tupl
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad = _dense_last(q), _dense_last(k), _dense_last(v), _dense_last(grad)
+    q, k, v, grad = map(native.dense, (q, k, v, grad))
     dq, dk, dv = _heads_like(q), _heads_like(k), _heads_like(v)
     args: list[Any] = [_shape(q, k, low), *_heads(q, k, v), low, high, *_heads(out), lse, *_heads(grad, dq, dk, dv)]
     native.call("cairn_attention_backward", *args)
@@ -86,10 +86,6 @@ def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
-
-
-def _dense_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _heads_like(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ copies over the whole result first, activations take a pass of one thread, and t
 speed of other products, as both operands lie across the sum.
 """
 
-import ctypes
 from typing import Any
 
 import torch
@@ -61,35 +60,31 @@ class _Linear(torch.autograd.Function):
         if before:
             grad = activation_gradient(grad, before[0], ctx.activation)
         dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dw, db = weight_gradient(grad.flatten(0, -2), x.flatten(0, -2))
+        dw, db = weight_gradient(grad, x)
         return dx, dw, db if ctx.has_bias else None, None
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("turned", ctypes.c_int64))
-
-    @classmethod
-    def of(cls, x: Tensor) -> "_Matrix":
-        return cls(x.data_ptr(), x.stride(0), 0)
 
 
 def _rows(x: Tensor) -> Tensor:
     """(..., K) as (M, K) with dense rows."""
-    x = x.flatten(0, -2)
-    return x if x.stride(1) == 1 else x.contiguous()
+    return native.dense(x.flatten(0, -2))
+
+
+def _out(x: Tensor, weight: Tensor) -> Tensor:
+    """Room for the result, (..., N)."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, after: Tensor | None, activation: str) -> None:
-    rows, weight = _rows(x), _rows(weight)
-    sizes = (rows.shape[0], *weight.shape)
-    options = (bias, out, after, FUSED.index(activation), torch.get_num_threads())
-    native.call("cairn_linear", *sizes, _Matrix.of(rows), _Matrix.of(weight), *options)
+    x, weight = _rows(x), native.dense(weight)
+    operands = x, x.stride(0), weight, weight.stride(0), bias
+    where = FUSED.index(activation)
+    native.call("cairn_linear", x.shape[0], *weight.shape, *operands, out, after, where, torch.get_num_threads())
 
 
 @torch.library.custom_op("cairn::amx_linear", mutates_args=())
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,), all bf16 -> (..., N)."""
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    out = _out(x, weight)
     _linear(x, weight, bias, out, None, "none")
     return out
 
@@ -97,7 +92,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("cairn::amx_linear_activated", mutates_args=())
 def activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """As `product`, and its activation."""
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    out = _out(x, weight)
     after = torch.empty_like(out)
     _linear(x, weight, bias, out, after, activation)
     return out, after
@@ -114,24 +109,26 @@ def activation_gradient(grad: Tensor, before: Tensor, activation: str) -> Tensor
 
 @torch.library.custom_op("cairn::amx_weight_gradient", mutates_args=())
 def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """grad (M, N), x (M, K), bf16 -> grad^T x (N, K) and the column sums of grad (N,)."""
+    """grad (..., N), x (..., K), bf16 -> grad^T x (N, K) and the column sums of grad (N,)."""
     grad, x = _rows(grad), _rows(x)
-    (m, n), k = grad.shape, x.shape[1]
-    weight, bias = grad.new_empty(n, k), grad.new_empty(n)
-    matrices = _Matrix.of(grad), _Matrix.of(x)
-    native.call("cairn_weight_gradient", m, n, k, *matrices, weight, bias, torch.get_num_threads())
+    weight, bias = _gradients(grad, x)
+    operands = grad, grad.stride(0), x, x.stride(0)
+    native.call("cairn_weight_gradient", *grad.shape, x.shape[1], *operands, weight, bias, torch.get_num_threads())
     return weight, bias
+
+
+def _gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape[-1], x.shape[-1]), grad.new_empty(grad.shape[-1])
 
 
 @product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return _out(x, weight)
 
 
 @activated_product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    shape = *x.shape[:-1], weight.shape[0]
-    return x.new_empty(*shape), x.new_empty(*shape)
+    return _out(x, weight), _out(x, weight)
 
 
 @activation_gradient.register_fake
@@ -141,4 +138,4 @@ def _(grad: Tensor, before: Tensor, activation: str) -> Tensor:
 
 @weight_gradient.register_fake
 def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape[1], x.shape[1]), grad.new_empty(grad.shape[1])
+    return _gradients(grad, x)

@@ -84,7 +84,7 @@ class _Shape(ctypes.Structure):
 
 def _readable(x: Tensor) -> Tensor:
     """x, or a copy, whose rows are dense and lie at no more than three strides."""
-    return x if x.stride(-1) == 1 and (x.dim() <= 4 or x.is_contiguous()) else x.contiguous()
+    return native.dense(x) if x.dim() <= 4 else x.contiguous()
 
 
 def _rows(scale: Scale, *tensors: Tensor | None) -> tuple[_Shape, list[native.Rows]]:

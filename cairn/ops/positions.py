@@ -40,7 +40,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.back = back
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = native.dense(x)
         y = torch.empty_like(x)
         shape = _Turn(*x.shape, back, torch.get_num_threads())
         native.call("cairn_rotate", shape, native.Rows.of(x), cos.contiguous(), sin.contiguous(), native.Rows.of(y))

@@ -36,11 +36,8 @@ class Rows(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor | None) -> "Rows":
         """Where x is, if anywhere."""
-        return (
-            cls()
-            if x is None or isinstance(x, FakeTensor)
-            else cls(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]))
-        )
+        real = None if isinstance(x, FakeTensor) else x
+        return cls() if real is None else cls(real.data_ptr(), (ctypes.c_int64 * 3)(*real.stride()[:3]))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -66,15 +63,24 @@ def obstacle() -> str | None:
     return None
 
 
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether these tensors are the kernels': bf16 on a CPU."""
+    return all(x is None or (x.device.type == "cpu" and x.dtype == torch.bfloat16) for x in tensors)
+
+
 def runs(*tensors: Tensor | None) -> bool:
-    """Whether the kernels do and these tensors are theirs: bf16 on a CPU."""
-    ours = all(x is None or (x.device.type == "cpu" and x.dtype == torch.bfloat16) for x in tensors)
-    return ours and available()
+    """Whether the kernels do, on tensors that are theirs."""
+    return fits(*tensors) and available()
 
 
 def usable(*tensors: Tensor | None) -> bool:
     """As `runs`, for a kernel that is no operator of PyTorch's: not where a model is compiled."""
     return not torch.compiler.is_compiling() and runs(*tensors)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy, whose last dimension is dense: all that kernels ask of a layout."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def call(name: str, *args: Tensor | ctypes.Structure | int | None) -> None:

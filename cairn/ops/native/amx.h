@@ -66,16 +66,21 @@ class Buffer {
   T* data_;
 };
 
-inline __m512 load(const bf16* from) {  // 16 numbers
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
-}
-inline __m512 load(const bf16* from, __mmask16 which) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16));
-}
+struct Rows {  // a tensor of four dimensions, the last of which is dense; null where there is none
+  bf16* data;
+  int64_t stride[3];
+
+  bf16* at(int64_t i, int64_t j, int64_t k) const { return data + i * stride[0] + j * stride[1] + k * stride[2]; }
+};
+
+inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m512 load(const bf16* from) { return widened(_mm256_loadu_si256((const __m256i*)from)); }  // 16 numbers
+inline __m512 load(const bf16* from, __mmask16 which) { return widened(_mm256_maskz_loadu_epi16(which, from)); }
 inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline void store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, rounded(x)); }
 inline void store(bf16* to, __m512 x, __mmask16 which) { _mm256_mask_storeu_epi16(to, which, rounded(x)); }
 inline __mmask16 first(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
+inline __mmask16 within(int64_t low, int64_t high) { return first(high) & ~first(low); }  // lanes low <= i < high
 inline __m512i paired(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
@@ -121,38 +126,51 @@ inline void transpose16(__m512i r[16]) {
   }
 }
 
-// C (M, N) fp32 = or += A (M, K) bf16 times B (K, N) paired. Leading dimensions count elements (words of B).
+// Sums (32, 32) from memory, or zero, into tiles 0 to 3, and back. Leading dimensions count elements (words of `pair`).
+inline void load_sums(const float* c, int64_t ld, bool zero) {
+  if (zero) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
+  _tile_loadd(0, c, ld * 4);
+  _tile_loadd(1, c + 16, ld * 4);
+  _tile_loadd(2, c + 16 * ld, ld * 4);
+  _tile_loadd(3, c + 16 * ld + 16, ld * 4);
+}
+inline void store_sums(float* c, int64_t ld) {
+  _tile_stored(0, c, ld * 4);
+  _tile_stored(1, c + 16, ld * 4);
+  _tile_stored(2, c + 16 * ld, ld * 4);
+  _tile_stored(3, c + 16 * ld + 16, ld * 4);
+}
+
+// Adds the products of the left tiles 4 and 5 with the right ones, 6 and 7.
+inline void add_products() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// C (M, N) fp32 = or += A (M, K) bf16 times B (K, N) paired.
 inline void product(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const pair* B, int64_t ldb, float* C,
                     int64_t ldc, bool add) {
   for (int64_t n = 0; n < N; n += 32)
     for (int64_t m = 0; m < M; m += 32) {
-      float *c = C + m * ldc + n, *below = c + 16 * ldc;
-      if (add) {
-        _tile_loadd(0, c, ldc * 4);
-        _tile_loadd(1, c + 16, ldc * 4);
-        _tile_loadd(2, below, ldc * 4);
-        _tile_loadd(3, below + 16, ldc * 4);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+      float* c = C + m * ldc + n;
       const bf16* a = A + m * lda;
       const pair* b = B + n;
+      load_sums(c, ldc, !add);
       for (int64_t k = 0; k < K; k += 32, a += 32, b += 16 * ldb) {
         _tile_loadd(4, a, lda * 2);
         _tile_loadd(6, b, ldb * 4);
         _tile_loadd(7, b + 16, ldb * 4);
         _tile_loadd(5, a + 16 * lda, lda * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_products();
       }
-      _tile_stored(0, c, ldc * 4);
-      _tile_stored(1, c + 16, ldc * 4);
-      _tile_stored(2, below, ldc * 4);
-      _tile_stored(3, below + 16, ldc * 4);
+      store_sums(c, ldc);
     }
 }

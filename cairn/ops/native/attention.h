@@ -16,12 +16,6 @@ struct Shape {
   int64_t threads;
 };
 
-struct Heads {  // as Rows: a tensor (B, H, T, D) whose last dimension is dense
-  bf16* data;
-  int64_t b, h, t;  // strides
-  bf16* at(int64_t i, int64_t j) const { return data + i * b + j * h; }
-};
-
 // Rows of a head into a dense, zero-padded matrix (rows, width). They lie far apart, where no hardware looks ahead.
 inline void gather(const bf16* from, int64_t stride, int64_t n, int64_t D, int64_t rows, int64_t width, bf16* to) {
   for (int64_t i = 0; i < rows; ++i)
@@ -64,39 +58,30 @@ inline Span span(const int32_t* low, const int32_t* high, int64_t begin, int64_t
   return {start / 32 * 32, round_up(stop, 32)};
 }
 
-// Calls f(j, which) for vectors of 16 over [0, n): `which` are the lanes within [low, high); without any it is 0.
-template <typename F>
-inline void lanes(int64_t n, int64_t low, int64_t high, F f) {
-  for (int64_t j = 0; j < n; j += 16) {
-    const __mmask16 which = first(high - j) & ~first(low - j);
-    f(j, which);
-  }
-}
-
-void attention_forward(const Shape& s, Heads q, Heads k, Heads v, const int32_t* low, const int32_t* high, Heads out,
+// Tensors are (B, H, T, D); ranges (B or 1, T).
+void attention_forward(const Shape& s, const Rows& q, const Rows& k, const Rows& v, const int32_t* low, const int32_t* high, const Rows& out,
                        float* lse) {
-  const int64_t Sp = round_up(s.S, 32), Dp = round_up(s.D, 32), ld = Sp + 16;
+  const int64_t Sp = round_up(s.S, 32), Dp = round_up(s.D, 32), ld = Sp + 16, ldp = ld + 16;
   const __m512 c = _mm512_set1_ps(s.scale * kLog2E);
 #pragma omp parallel num_threads(s.threads)
   {
     FlushToZero flush;
     Tiles tiles;
-    Buffer<bf16> dense(Sp * Dp), qb(kRows * Dp), p(kRows * (ld + 16));
+    Buffer<bf16> dense(Sp * Dp), qb(kRows * Dp), p(kRows * ldp);
     Buffer<pair> kt(Dp / 2 * ld), vp(Sp / 2 * Dp);
     Buffer<float> scores(kRows * ld), o(kRows * Dp);
-    const int64_t ldp = ld + 16;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < s.B * s.H; ++task) {
       const int64_t b = task / s.H, h = task % s.H, hkv = h / (s.H / s.Hkv);
       const int32_t *lo = low + b * s.range_stride, *hi = high + b * s.range_stride;
-      gather(k.at(b, hkv), k.t, s.S, s.D, Sp, Dp, dense);
+      gather(k.at(b, hkv, 0), k.stride[2], s.S, s.D, Sp, Dp, dense);
       transpose((const uint32_t*)(bf16*)dense, Sp, Dp / 2, kt, ld);
-      gather(v.at(b, hkv), v.t, s.S, s.D, Sp, Dp, dense);
+      gather(v.at(b, hkv, 0), v.stride[2], s.S, s.D, Sp, Dp, dense);
       pair_rows(dense, Sp, Dp, vp);
       for (int64_t begin = 0; begin < s.T; begin += kRows) {
         const int64_t end = std::min(begin + kRows, s.T), rows = round_up(end - begin, 32);
         const Span keys = span(lo, hi, begin, end);
-        gather(q.at(b, h) + begin * q.t, q.t, end - begin, s.D, rows, Dp, qb);
+        gather(q.at(b, h, begin), q.stride[2], end - begin, s.D, rows, Dp, qb);
         product(rows, keys.size(), Dp, qb, Dp, kt + keys.start, ld, scores, ld, false);
         float inverse[kRows];
         for (int64_t i = 0; i < rows; ++i) {
@@ -105,18 +90,19 @@ void attention_forward(const Shape& s, Heads q, Heads k, Heads v, const int32_t*
           const float* row = scores + i * ld;
           __m512 top = _mm512_set1_ps(-INFINITY);
           for (int64_t j = std::max<int64_t>(l, 0) / 16 * 16; j < u; j += 16) {
-            const __mmask16 which = first(u - j) & ~first(l - j);
+            const __mmask16 which = within(l - j, u - j);
             top = _mm512_mask_max_ps(top, which, top, _mm512_load_ps(row + j));
           }
           const float m = _mm512_reduce_max_ps(top) * s.scale * kLog2E;
           const __m512 shift = _mm512_set1_ps(m);
           __m512 total = _mm512_setzero_ps();
-          lanes(keys.size(), l, u, [&](int64_t j, __mmask16 which) {
+          for (int64_t j = 0; j < keys.size(); j += 16) {
+            const __mmask16 which = within(l - j, u - j);
             __m512 e = _mm512_setzero_ps();
             if (which) e = _mm512_maskz_mov_ps(which, exp2(_mm512_fmsub_ps(_mm512_load_ps(row + j), c, shift)));
             total = _mm512_add_ps(total, e);
             store(p + i * ldp + j, e);
-          });
+          }
           const float sum = _mm512_reduce_add_ps(total);
           inverse[i] = l < u ? 1 / sum : 0;
           if (real) lse[(b * s.H + h) * s.T + begin + i] = l < u ? m + std::log2(sum) : INFINITY;
@@ -124,15 +110,15 @@ void attention_forward(const Shape& s, Heads q, Heads k, Heads v, const int32_t*
         product(rows, Dp, keys.size(), p, ldp, vp + keys.start / 2 * Dp, Dp, o, Dp, false);
         for (int64_t i = 0; i < end - begin; ++i)
           for (int64_t j = 0; j < s.D; j += 16)
-            store(out.at(b, h) + (begin + i) * out.t + j,
+            store(out.at(b, h, begin + i) + j,
                   _mm512_mul_ps(_mm512_load_ps(o + i * Dp + j), _mm512_set1_ps(inverse[i])), first(s.D - j));
       }
     }
   }
 }
 
-void attention_backward(const Shape& s, Heads q, Heads k, Heads v, const int32_t* low, const int32_t* high, Heads out,
-                        const float* lse, Heads grad, Heads dq, Heads dk, Heads dv) {
+void attention_backward(const Shape& s, const Rows& q, const Rows& k, const Rows& v, const int32_t* low, const int32_t* high, const Rows& out,
+                        const float* lse, const Rows& grad, const Rows& dq, const Rows& dk, const Rows& dv) {
   const int64_t Sp = round_up(s.S, 32), Dp = round_up(s.D, 32), ld = Sp + 16, ldr = kRows + 16, ldp = ld + 16;
   const __m512 c = _mm512_set1_ps(s.scale * kLog2E);
 #pragma omp parallel num_threads(s.threads)
@@ -147,9 +133,9 @@ void attention_backward(const Shape& s, Heads q, Heads k, Heads v, const int32_t
     for (int64_t task = 0; task < s.B * s.Hkv; ++task) {
       const int64_t b = task / s.Hkv, hkv = task % s.Hkv, groups = s.H / s.Hkv;
       const int32_t *lo = low + b * s.range_stride, *hi = high + b * s.range_stride;
-      gather(v.at(b, hkv), v.t, s.S, s.D, Sp, Dp, dense);
+      gather(v.at(b, hkv, 0), v.stride[2], s.S, s.D, Sp, Dp, dense);
       transpose((const uint32_t*)(bf16*)dense, Sp, Dp / 2, vt, ld);
-      gather(k.at(b, hkv), k.t, s.S, s.D, Sp, Dp, dense);
+      gather(k.at(b, hkv, 0), k.stride[2], s.S, s.D, Sp, Dp, dense);
       transpose((const uint32_t*)(bf16*)dense, Sp, Dp / 2, kt, ld);
       pair_rows(dense, Sp, Dp, kp);
       std::memset(dkt, 0, Dp * ld * 4);
@@ -158,9 +144,9 @@ void attention_backward(const Shape& s, Heads q, Heads k, Heads v, const int32_t
         for (int64_t begin = 0; begin < s.T; begin += kRows) {
           const int64_t end = std::min(begin + kRows, s.T), rows = round_up(end - begin, 32);
           const Span keys = span(lo, hi, begin, end);
-          gather(q.at(b, h) + begin * q.t, q.t, end - begin, s.D, rows, Dp, qb);
-          gather(grad.at(b, h) + begin * grad.t, grad.t, end - begin, s.D, rows, Dp, gb);
-          gather(out.at(b, h) + begin * out.t, out.t, end - begin, s.D, rows, Dp, ob);
+          gather(q.at(b, h, begin), q.stride[2], end - begin, s.D, rows, Dp, qb);
+          gather(grad.at(b, h, begin), grad.stride[2], end - begin, s.D, rows, Dp, gb);
+          gather(out.at(b, h, begin), out.stride[2], end - begin, s.D, rows, Dp, ob);
           pair_rows(qb, rows, Dp, words);
           transpose(words, rows / 2, Dp, qt, ldr / 2);
           pair_rows(gb, rows, Dp, words);
@@ -183,7 +169,7 @@ void attention_backward(const Shape& s, Heads q, Heads k, Heads v, const int32_t
             for (int64_t j = 0; j < keys.size(); j += 16) {
               __m256i probs[2], slopes[2];
               for (int r = 0; r < 2; ++r) {
-                const __mmask16 which = first(u[r] - j) & ~first(l[r] - j);
+                const __mmask16 which = within(l[r] - j, u[r] - j);
                 const float* at = scores + (i + r) * ld + j;
                 const __m512 e = _mm512_maskz_mov_ps(which, exp2(_mm512_fmsub_ps(_mm512_load_ps(at), c, top[r])));
                 const __m512 g = _mm512_sub_ps(_mm512_load_ps(dp + (i + r) * ld + j), delta[r]);
@@ -198,18 +184,18 @@ void attention_backward(const Shape& s, Heads q, Heads k, Heads v, const int32_t
           product(rows, Dp, keys.size(), ds, ldp, kp + keys.start / 2 * Dp, Dp, o, Dp, false);
           for (int64_t i = 0; i < end - begin; ++i)
             for (int64_t j = 0; j < s.D; j += 16)
-              store(dq.at(b, h) + (begin + i) * dq.t + j, _mm512_load_ps(o + i * Dp + j), first(s.D - j));
+              store(dq.at(b, h, begin + i) + j, _mm512_load_ps(o + i * Dp + j), first(s.D - j));
           product(Dp, keys.size(), rows, (const bf16*)(pair*)qt, ldr, dsp, ld, dkt + keys.start, ld, true);
           product(Dp, keys.size(), rows, (const bf16*)(pair*)gt, ldr, pp, ld, dvt + keys.start, ld, true);
         }
-      for (const auto& [from, to] : {std::pair<float*, Heads>(dkt, dk), std::pair<float*, Heads>(dvt, dv)})
+      for (const auto& [from, to] : {std::pair<float*, Rows>(dkt, dk), std::pair<float*, Rows>(dvt, dv)})
         for (int64_t i = 0; i < s.S; i += 16)
           for (int64_t j = 0; j < s.D; j += 16) {
             __m512i r[16];
             for (int n = 0; n < 16; ++n) r[n] = _mm512_loadu_si512(from + (j + n) * ld + i);
             transpose16(r);
             for (int n = 0; n < 16 && i + n < s.S; ++n)
-              store(to.at(b, hkv) + (i + n) * to.t + j, _mm512_castsi512_ps(r[n]), first(s.D - j));
+              store(to.at(b, hkv, i + n) + j, _mm512_castsi512_ps(r[n]), first(s.D - j));
           }
     }
   }

@@ -5,7 +5,7 @@
 
 enum class Activation : int64_t { none, gelu, gelu_tanh, relu, relu2 };  // as in cairn/ops/activations.py
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 // 1 / (1 + e^-x)
 inline __m512 sigmoid(__m512 x) {

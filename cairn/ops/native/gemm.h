@@ -98,39 +98,21 @@ struct Result {
   }
 };
 
-// The left operand's strip is read again for every column and stays in the first-level cache, as the right one's loads,
-// which pass it by, do not push it out.
-// now.sums = or += `steps` packed steps of both operands, while `before` is stored.
+// now.sums = or += `steps` packed steps of both operands, while `before` is stored. The left
+// strip is read again for every column and stays in the first-level cache: the right one's loads pass that by.
 inline void square(int64_t steps, const bf16* a, const bf16* b, bool add, const Result& now, const Result& before) {
   const int64_t share = (32 + steps - 1) / steps;
-  float* c = now.sums;
-  if (add) {
-    _tile_loadd(0, c, 128);
-    _tile_loadd(1, c + 16, 128);
-    _tile_loadd(2, c + 512, 128);
-    _tile_loadd(3, c + 528, 128);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  load_sums(now.sums, 32, !add);
   for (int64_t k = 0; k < steps; ++k, a += kStep, b += kStep) {
     _tile_loadd(4, a, 64);
     _tile_stream_loadd(6, b, 64);
     _tile_stream_loadd(7, b + kStep / 2, 64);
     _tile_loadd(5, a + kStep / 2, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    add_products();
     before.store_rows(k * share, (k + 1) * share);
     now.fetch_rows(k * share, (k + 1) * share);
   }
-  _tile_stored(0, c, 128);
-  _tile_stored(1, c + 16, 128);
-  _tile_stored(2, c + 512, 128);
-  _tile_stored(3, c + 528, 128);
+  store_sums(now.sums, 32);
 }
 
 // What else comes of a product C; any of them may be null.

@@ -10,27 +10,28 @@ extern "C" {
 
 int cairn_request_tiles() { return request_tiles(); }
 
-void cairn_attention_forward(const Shape* shape, const Heads* q, const Heads* k, const Heads* v, const int32_t* low,
-                             const int32_t* high, const Heads* out, float* lse) {
+void cairn_attention_forward(const Shape* shape, const Rows* q, const Rows* k, const Rows* v, const int32_t* low,
+                             const int32_t* high, const Rows* out, float* lse) {
   attention_forward(*shape, *q, *k, *v, low, high, *out, lse);
 }
 
-void cairn_attention_backward(const Shape* shape, const Heads* q, const Heads* k, const Heads* v, const int32_t* low,
-                              const int32_t* high, const Heads* out, const float* lse, const Heads* grad,
-                              const Heads* dq, const Heads* dk, const Heads* dv) {
+void cairn_attention_backward(const Shape* shape, const Rows* q, const Rows* k, const Rows* v, const int32_t* low,
+                              const int32_t* high, const Rows* out, const float* lse, const Rows* grad,
+                              const Rows* dq, const Rows* dk, const Rows* dv) {
   attention_backward(*shape, *q, *k, *v, low, high, *out, lse, *grad, *dq, *dk, *dv);
 }
 
 // c (M, N) = x (M, K) weight (N, K)^T + bias (N), and where it is wanted its activation. Bias and `activated` may be null.
-void cairn_linear(int64_t M, int64_t N, int64_t K, const Matrix* x, const Matrix* weight, const bf16* bias, bf16* c,
-                  bf16* activated, int64_t activation, int64_t threads) {
-  gemm(M, N, K, *x, {weight->data, weight->stride, 1}, c, {bias, activated, Activation(activation)}, threads);
+void cairn_linear(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t x_stride, const bf16* weight,
+                  int64_t weight_stride, const bf16* bias, bf16* c, bf16* activated, int64_t activation,
+                  int64_t threads) {
+  gemm(M, N, K, {x, x_stride, 0}, {weight, weight_stride, 1}, c, {bias, activated, Activation(activation)}, threads);
 }
 
 // The gradient (N, K) of a weight, and (N) of its bias, from x (M, K) and the gradient (M, N) of the result.
-void cairn_weight_gradient(int64_t M, int64_t N, int64_t K, const Matrix* grad, const Matrix* x, bf16* weight, bf16* bias,
-                           int64_t threads) {
-  gemm(N, K, M, {grad->data, grad->stride, 1}, *x, weight, {.row_sums = bias}, threads);
+void cairn_weight_gradient(int64_t M, int64_t N, int64_t K, const bf16* grad, int64_t grad_stride, const bf16* x,
+                           int64_t x_stride, bf16* weight, bf16* bias, int64_t threads) {
+  gemm(N, K, M, {grad, grad_stride, 1}, {x, x_stride, 0}, weight, {.row_sums = bias}, threads);
 }
 
 void cairn_activation_gradient(int64_t n, const bf16* grad, const bf16* x, bf16* to, int64_t activation,

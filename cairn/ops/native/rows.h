@@ -3,11 +3,6 @@
 
 #include "amx.h"
 
-struct Rows {  // a tensor (n0, n1, n2, D) with a dense last dimension; null where there is none
-  bf16* data;
-  int64_t stride[3];
-};
-
 struct Norm {
   int64_t n[3], D;
   float eps;
@@ -16,7 +11,7 @@ struct Norm {
 
   int64_t rows() const { return n[0] * n[1] * n[2]; }
   bf16* at(const Rows& x, int64_t row) const {
-    return x.data + row / (n[1] * n[2]) * x.stride[0] + row / n[2] % n[1] * x.stride[1] + row % n[2] * x.stride[2];
+    return x.at(row / (n[1] * n[2]), row / n[2] % n[1], row % n[2]);
   }
 };
 
@@ -40,7 +35,7 @@ void norm_forward(const Norm& s, const Rows& x, const Rows& branch, const Rows& 
         if (branch.data) {
           const __m256i both = rounded(_mm512_add_ps(v, load(s.at(branch, i) + j, which)));
           _mm256_mask_storeu_epi16(s.at(sum, i) + j, which, both);
-          v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(both), 16));
+          v = widened(both);
         }
         _mm512_store_ps(row + j, v);
         total = _mm512_add_ps(total, v);
@@ -135,8 +130,8 @@ void rotate(const Turn& s, const Rows& x, const float* cosine, const float* sine
   for (int64_t b = 0; b < s.B; ++b)
     for (int64_t t = 0; t < s.T; ++t)
       for (int64_t h = 0; h < s.H; ++h) {
-        const bf16* from = x.data + b * x.stride[0] + h * x.stride[1] + t * x.stride[2];
-        bf16* to = y.data + b * y.stride[0] + h * y.stride[1] + t * y.stride[2];
+        const bf16* from = x.at(b, h, t);
+        bf16* to = y.at(b, h, t);
         for (int64_t j = 0; j < half; j += 16) {
           const __mmask16 which = first(half - j);
           const __m512 c = _mm512_maskz_loadu_ps(which, cosine + t * half + j);
