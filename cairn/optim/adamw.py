@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from cairn.ops import native
 
+Pieces = Callable[[int], Sequence[Tensor]]
+"""The gradient of a parameter, by its id: bf16 or fp32 tensors whose elements follow upon each other."""
+
 
 class AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW; with `fuse`, one pass of our own that clips, steps and rounds to bf16."""
@@ -18,12 +21,12 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, fused=True)
         self._copies: dict[int, Tensor] = {}
 
-    def fuse(self, copies: Mapping[int, Tensor], scale: Callable[[], float]) -> None:
-        """From now on a step multiplies gradients by `scale()`, and sets the bf16 copy of each fp32 parameter, by id.
+    def fuse(self, copies: Mapping[int, Tensor], gradients: Pieces, scale: Callable[[], float]) -> None:
+        """From now on a step takes `gradients` times `scale()`, and sets the bf16 copy of each fp32 parameter, by id.
 
         The caller asks `native.available` first.
         """
-        self._copies, self._scale = dict(copies), scale
+        self._copies, self._gradients, self._scale = dict(copies), gradients, scale
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -37,9 +40,23 @@ class AdamW(torch.optim.AdamW):
                 state["step"] += 1
                 t, (beta1, beta2) = state["step"].item(), group["betas"]
                 rates = scale, group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
-                sizes = _Step(p.numel(), *rates, 1 - beta1**t, 1 - beta2**t, threads)
-                native.call("cairn_adamw", sizes, p, p.grad, state["exp_avg"], state["exp_avg_sq"], self._copies[id(p)])
+                flat = [x.view(-1) for x in (p, state["exp_avg"], state["exp_avg_sq"], self._copies[id(p)])]
+                begin = 0
+                for gradient in self._gradients(id(p)):
+                    sizes = _Step(gradient.numel(), *rates, 1 - beta1**t, 1 - beta2**t, threads)
+                    weight, mean, square, copy = (x[begin:] for x in flat)
+                    half = gradient.dtype == torch.bfloat16
+                    native.call("cairn_adamw", sizes, half, weight, gradient, mean, square, copy)
+                    begin += gradient.numel()
         return None
+
+
+def norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of each, bf16 or fp32 and dense, in our kernel."""
+    found = torch.empty(len(gradients))
+    for norm, x in zip(found, gradients, strict=True):
+        native.call("cairn_norm_of", x.numel(), x.dtype == torch.bfloat16, x, norm, torch.get_num_threads())
+    return found
 
 
 class _Step(ctypes.Structure):

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cairn.ops import native
-from cairn.optim.adamw import AdamW
+from cairn.optim.adamw import AdamW, norms
 
 
 class Alone:
@@ -20,17 +20,24 @@ class Alone:
         self._zero = engine.optimizer
         self._zero._update_hp_grad = self._keep
         self._zero.clear_hp_grads = self._forget
+        self._fused = False
+        self._single: dict[tuple[int, int], Tensor] = {}
+        """By group and index: gradients of one micro-batch alone, which need no fp32 to be added up in."""
 
     def fuse(self, optimizer: AdamW, grad_clip: float) -> None:
         """Where our kernel runs, let the optimizer clip and set the weights that are computed with, in its one pass."""
         if not native.runs(*self._zero.bf16_groups_flat):
             return
-        copies = zip(self._zero.fp32_groups_flat_partition, self._zero.bf16_groups_flat, strict=True)
+        masters = self._zero.fp32_groups_flat_partition
+        copies = zip(masters, self._zero.bf16_groups_flat, strict=True)
+        groups = {id(master): group for group, master in enumerate(masters)}
 
         def factor() -> float:  # as DeepSpeed has it
             return min(1.0, grad_clip / (float(self._zero._global_grad_norm) + 1e-6)) if grad_clip else 1.0
 
-        optimizer.fuse({id(master): copy for master, copy in copies}, factor)
+        optimizer.fuse({id(master): copy for master, copy in copies}, lambda key: self._pieces(groups[key]), factor)
+        self._fused = True
+        self._zero.get_grads_for_norm = self._norms
         self._zero.clip_grad = 0.0
         self._zero.update_lp_params = lambda: None
 
@@ -47,13 +54,28 @@ class Alone:
         if parameter.grad is None:
             return
         kept, known = self._zero.fp32_groups_gradients[group][index], self._zero.fp32_groups_has_gradients[group]
-        gradient = parameter.grad.view(kept.shape)
-        if known[index]:
-            kept.add_(gradient)
+        gradient = parameter.grad.reshape(kept.shape)
+        if not known[index]:
+            if self._fused:
+                self._single[group, index] = gradient
+            else:
+                kept.copy_(gradient)
+        elif (group, index) in self._single:
+            kept.copy_(self._single.pop((group, index))).add_(gradient)
         else:
-            kept.copy_(gradient)
+            kept.add_(gradient)
         known[index], parameter.grad = True, None
 
+    def _pieces(self, group: int) -> list[Tensor]:
+        summed = self._zero.fp32_groups_gradients[group]
+        return [self._single.get((group, index), gradient) for index, gradient in enumerate(summed)]
+
+    def _norms(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What DeepSpeed takes the norm of: norms of parameters serve as well as their gradients."""
+        groups = range(len(self._zero.fp32_groups_gradients))
+        return [norms([gradient for group in groups for gradient in self._pieces(group)])], {}
+
     def _forget(self) -> None:
+        self._single.clear()
         for known in self._zero.fp32_groups_has_gradients:
             known[:] = [False] * len(known)

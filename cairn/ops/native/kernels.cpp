@@ -57,7 +57,14 @@ void cairn_rotate(const Turn* shape, const Rows* x, const float* cosine, const f
   rotate(*shape, *x, cosine, sine, *y);
 }
 
-void cairn_adamw(const AdamW* step, float* weight, const float* grad, float* mean, float* square, bf16* copy) {
-  adamw(*step, weight, grad, mean, square, copy);
+// Of gradients in bf16 where `half` is set, else in fp32.
+void cairn_adamw(const AdamW* step, int64_t half, float* weight, const void* grad, float* mean, float* square,
+                 bf16* copy) {
+  if (half) adamw(*step, weight, static_cast<const bf16*>(grad), mean, square, copy);
+  else adamw(*step, weight, static_cast<const float*>(grad), mean, square, copy);
+}
+
+void cairn_norm_of(int64_t n, int64_t half, const void* x, float* norm, int64_t threads) {
+  *norm = half ? norm_of(n, static_cast<const bf16*>(x), threads) : norm_of(n, static_cast<const float*>(x), threads);
 }
 }
