@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
         if before:
             grad = activation_gradient(grad, before[0], ctx.activation)
         dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dw, db = weight_gradient(grad, x)
+        dw, db = weight_gradient(grad, x, ctx.has_bias)
         return dx, dw, db if ctx.has_bias else None, None
 
 
@@ -108,17 +108,18 @@ def activation_gradient(grad: Tensor, before: Tensor, activation: str) -> Tensor
 
 
 @torch.library.custom_op("cairn::amx_weight_gradient", mutates_args=())
-def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """grad (..., N), x (..., K), bf16 -> grad^T x (N, K) and the column sums of grad (N,)."""
+def weight_gradient(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """grad (..., N), x (..., K), bf16 -> grad^T x (N, K) and, where a bias has a gradient, column sums of grad (N,)."""
     grad, x = _rows(grad), _rows(x)
-    weight, bias = _gradients(grad, x)
+    weight, sums = _gradients(grad, x, bias)
     operands = grad, grad.stride(0), x, x.stride(0)
-    native.call("cairn_weight_gradient", *grad.shape, x.shape[1], *operands, weight, bias, torch.get_num_threads())
-    return weight, bias
+    wanted = sums if bias else None
+    native.call("cairn_weight_gradient", *grad.shape, x.shape[1], *operands, weight, wanted, torch.get_num_threads())
+    return weight, sums
 
 
-def _gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape[-1], x.shape[-1]), grad.new_empty(grad.shape[-1])
+def _gradients(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape[-1], x.shape[-1]), grad.new_empty(grad.shape[-1] if bias else 0)
 
 
 @product.register_fake
@@ -137,5 +138,5 @@ def _(grad: Tensor, before: Tensor, activation: str) -> Tensor:
 
 
 @weight_gradient.register_fake
-def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return _gradients(grad, x)
+def _(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    return _gradients(grad, x, bias)

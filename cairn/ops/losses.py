@@ -82,7 +82,7 @@ class _CrossEntropySum(torch.autograd.Function):
                     total += _piece(logits[i : i + piece], label, bias, softcap, train)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
-                share = weight_gradient(logits, h)[0] if ours else logits.t() @ h
+                share = weight_gradient(logits, h, False)[0] if ours else logits.t() @ h
                 if n > rows:  # several products: their sum is kept in fp32
                     share = share.float() if grad_weight is None else grad_weight.add_(share)
                 grad_weight = share

@@ -80,6 +80,10 @@ inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline void store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, rounded(x)); }
 inline void store(bf16* to, __m512 x, __mmask16 which) { _mm256_mask_storeu_epi16(to, which, rounded(x)); }
 inline __mmask16 first(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
+inline __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1; }
+inline void store(bf16* to, __m512 low, __m512 high, __mmask32 which) {  // 32 numbers
+  _mm512_mask_storeu_epi16(to, which, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
 inline __mmask16 within(int64_t low, int64_t high) { return first(high) & ~first(low); }  // lanes low <= i < high
 inline __m512i paired(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));

@@ -25,13 +25,17 @@ void cairn_attention_backward(const Shape* shape, const Rows* q, const Rows* k, 
 void cairn_linear(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t x_stride, const bf16* weight,
                   int64_t weight_stride, const bf16* bias, bf16* c, bf16* activated, int64_t activation,
                   int64_t threads) {
-  gemm(M, N, K, {x, x_stride, 0}, {weight, weight_stride, 1}, c, {bias, activated, Activation(activation)}, threads);
+  gemm(M, N, K, {x, x_stride, 0}, {weight, weight_stride, 1}, c, {.bias = bias, .activated = activated, .activation = Activation(activation)},
+       threads);
 }
 
-// The gradient (N, K) of a weight, and (N) of its bias, from x (M, K) and the gradient (M, N) of the result.
+// The gradient (N, K) of a weight, and (N) of its bias if that is not null, from x (M, K) and the gradient (M, N) of the
+// result. The smaller operand is on the right, which is read again and again.
 void cairn_weight_gradient(int64_t M, int64_t N, int64_t K, const bf16* grad, int64_t grad_stride, const bf16* x,
                            int64_t x_stride, bf16* weight, bf16* bias, int64_t threads) {
-  gemm(N, K, M, {grad, grad_stride, 1}, {x, x_stride, 0}, weight, {.row_sums = bias}, threads);
+  const Matrix turned_grad{grad, grad_stride, 1}, turned_x{x, x_stride, 1};
+  if (N < K) gemm(K, N, M, turned_x, {grad, grad_stride, 0}, weight, {.turned = true, .sums = bias}, threads);
+  else gemm(N, K, M, turned_grad, {x, x_stride, 0}, weight, {.sums = bias}, threads);
 }
 
 void cairn_activation_gradient(int64_t n, const bf16* grad, const bf16* x, bf16* to, int64_t activation,
