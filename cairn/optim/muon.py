@@ -191,7 +191,7 @@ def _orthogonalise_flat(update: Tensor, flat: _Flat, steps: int) -> Tensor:
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The tensors (...) of one shape of all ranks of the group as one (ranks, ...)."""
-    if group is None:
+    if group is None or dist.get_world_size(group) == 1:
         return tensor[None]
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
     dist.all_gather(list(out.unbind()), tensor, group=group)

@@ -12,7 +12,7 @@ class Alone:
     """Changes an engine of stage 1 with BF16_Optimizer at world size 1; what is computed stays the same.
 
     DeepSpeed would copy all gradients together and apart again for an all-reduce, make an fp32 copy of each and add it
-    to zeros, and pass over them again to clip them.
+    to zeros, pass over them again to clip them, and gather the weights from itself.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -20,6 +20,7 @@ class Alone:
         self._zero = engine.optimizer
         self._zero._update_hp_grad = self._keep
         self._zero.clear_hp_grads = self._forget
+        self._zero.update_lp_params = self._round
         self._fused = False
         self._single: dict[tuple[int, int], Tensor] = {}
         """By group and index: gradients of one micro-batch alone, which need no fp32 to be added up in."""
@@ -74,6 +75,11 @@ class Alone:
         """What DeepSpeed takes the norm of: norms of parameters serve as well as their gradients."""
         groups = range(len(self._zero.fp32_groups_gradients))
         return [norms([gradient for group in groups for gradient in self._pieces(group)])], {}
+
+    def _round(self) -> None:
+        """The weights that are computed with, from those that were stepped."""
+        for copy, master in zip(self._zero.bf16_groups_flat, self._zero.fp32_groups_flat_partition, strict=True):
+            copy.data.copy_(master.data)
 
     def _forget(self) -> None:
         self._single.clear()
