@@ -6,11 +6,14 @@
 
 #include "elementwise.h"
 
-// What is read again and again fits a core's caches: 32 rows of the left operand the first, the columns the second.
-constexpr int64_t kBlock = 256;         // rows of the left operand at once
-constexpr int64_t kOnePass = 768 / 32;  // steps along the depth that are taken at once
-constexpr int64_t kDepth = 512 / 32;    // and in each pass, where there are more
-constexpr int64_t kColumns = 768;       // columns of the right operand at once
+// What is read again and again fits a core's caches: 32 rows of the left operand the first, the columns and the sums of
+// more than one pass along the depth the second.
+struct Blocks {
+  int64_t rows;     // of the left operand at once
+  int64_t columns;  // of the right operand at once
+  int64_t depth;    // in steps of 32
+};
+constexpr Blocks kOnePass{512, 384, 768 / 32}, kPasses{256, 768, 512 / 32};
 constexpr int64_t kStep = 1024;    // elements of two neighbouring tiles: what one step of 32 along the depth reads
 
 struct Matrix {  // row-major, element (i, j) at data[i * stride + j]; `turned` means that its transpose is meant
@@ -191,11 +194,12 @@ struct Extras {
 void gemm(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b, bf16* c, const Extras& extras,
           int64_t threads) {
   const int64_t steps = round_up(K, 32) / 32, panels = round_up(N, 32) / 32;
-  const int64_t passes = steps <= kOnePass ? 1 : (steps + kDepth - 1) / kDepth, most = (steps + passes - 1) / passes;
-  const int64_t blocks = round_up((M + kBlock - 1) / kBlock, threads);  // as many for every thread
+  const Blocks& sizes = steps <= kOnePass.depth ? kOnePass : kPasses;
+  const int64_t passes = (steps + sizes.depth - 1) / sizes.depth, most = (steps + passes - 1) / passes;
+  const int64_t blocks = round_up((M + sizes.rows - 1) / sizes.rows, threads);  // as many for every thread
   const int64_t block = std::max<int64_t>(round_up((M + blocks - 1) / blocks, 32), 32);
-  const int64_t group = std::min(panels, kColumns / 32);
-  const int64_t width = std::min<int64_t>(round_up((N + threads - 1) / threads, 32), kColumns);
+  const int64_t group = std::min(panels, sizes.columns / 32);
+  const int64_t width = std::min<int64_t>(round_up((N + threads - 1) / threads, 32), sizes.columns);
   bf16* const left_sums = extras.turned ? nullptr : extras.sums;
   bf16* const right_sums = extras.turned ? extras.sums : nullptr;
   Buffer<bf16> right(panels * steps * kStep);
