@@ -1,5 +1,6 @@
 """train.max_hours: the run ends in time, with its learning rate decayed, an evaluation and a checkpoint."""
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable
@@ -136,7 +137,8 @@ class Deadline:
     def _fits(self, slack: float) -> int:
         """Steps for which there is time, before the evaluation and the save of the end."""
         train = self._config.train
-        each = sum(seconds for _, seconds in self._stretches) / sum(steps for steps, _ in self._stretches)
+        # Of a stretch in which the machine stood still only the time counts, which is gone: it says nothing of steps.
+        each = statistics.median(seconds / steps for steps, seconds in self._stretches)
         guessed = each * self._evaluated / train.global_batch_size
         evaluation, save = guessed if self.eval_seconds is None else self.eval_seconds, self.save_seconds
         rhythm = ((evaluation, train.eval_every), (save, self._config.checkpoint.every))

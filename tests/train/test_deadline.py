@@ -117,6 +117,20 @@ def test_a_first_step_that_compiles_shortens_no_cooldown(clock: Clock) -> None:
     assert second.end == planned
 
 
+def test_a_machine_that_stands_still_once_begins_no_cooldown(clock: Clock) -> None:
+    guide = deadline(of(ScheduleSection(name="wsd", warmup_steps=10, decay_steps=300)))
+    for step in (10, 20, 30):
+        clock.now += 10.0
+        guide.adopt(step, guide.propose(step, 10, 1.0))
+    clock.now += 310.0  # five minutes of sleep among ten steps
+    guide.adopt(40, guide.propose(40, 10, 31.0))
+    assert guide.cooldown is None
+    step, _ = drive(guide, clock, 40, 1.0)
+    assert HOUR * 0.95 < clock.now < HOUR
+    assert guide.cooldown is not None
+    assert guide.cooldown.end - guide.cooldown.begin == 300
+
+
 def test_a_call_without_time_ends_after_its_first_stretch(clock: Clock) -> None:
     guide = deadline(of(ScheduleSection(name="wsd", warmup_steps=10, decay_steps=300)))
     clock.now += HOUR - 30.0
