@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -59,7 +60,8 @@ def orthogonalise(update: Tensor, steps: int) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     # Tall matrices, whose outputs outnumber their inputs, take larger steps.
-    result: Tensor = (x if wide else x.T).float() * math.sqrt(max(1.0, update.size(0) / update.size(1)))
+    scale = math.sqrt(max(1.0, update.size(0) / update.size(1)))
+    result: Tensor = (x if wide else x.T).float().mul_(scale)
     return result
 
 
@@ -174,19 +176,26 @@ def _orthogonalise_flat(update: Tensor, flat: _Flat, steps: int) -> Tensor:
     A matrix that lies on several ranks is rebuilt from fp32 and orthogonalised on each of them, so that the result
     is that of one rank to the bit.
     """
-    padded = update.new_zeros(flat.longest)
-    padded[: update.numel()] = update
-    everyone = _gather(padded, flat.group)
+    everyone = _gather(_padded(update, flat.longest), flat.group)
     result = torch.zeros_like(update)
     for matrix in flat.matrices:
-        whole = update.new_empty(math.prod(matrix.shape))
-        for rank, full, local, length in matrix.sources:
-            whole[full : full + length] = everyone[rank, local : local + length]
-        whole = orthogonalise(whole.view(matrix.shape), steps).reshape(-1)
+        whole = _assembled(matrix, everyone).view(matrix.shape)
+        whole = orthogonalise(whole, steps).reshape(-1)
         for piece in matrix.own:
             part = whole[piece.full_offset : piece.full_offset + piece.length]
             result[piece.local_offset : piece.local_offset + piece.length] = part
     return result
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    return tensor if tensor.numel() == length else F.pad(tensor, (0, length - tensor.numel()))
+
+
+def _assembled(matrix: _Matrix, everyone: Tensor) -> Tensor:
+    """The flat matrix, of the ranks' flat tensors (ranks, N)."""
+    in_order = sorted(matrix.sources, key=lambda source: source[1])
+    parts = [everyone[rank, local : local + length] for rank, _, local, length in in_order]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
