@@ -99,7 +99,9 @@ def test_what_attention_in_ranges_cannot_do_is_left_to_others_or_refused_with_th
 @needs_amx
 @pytest.mark.parametrize("activation", [None, *(name for name in get_args(Activation) if name in FUSED)])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (111, 90, 70), (300, 1000, 1700)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (111, 90, 70), (300, 1000, 1700), (1700, 70, 300), (1700, 1000, 70)]
+)
 def test_linear(
     activation: Activation | None, with_bias: bool, m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
