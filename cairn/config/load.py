@@ -14,6 +14,8 @@ from cairn.config.tree import Dumper, Tree, Value, merge, missing, origins, pars
 from cairn.errors import UserError
 
 T = TypeVar("T", bound=Section)
+FOREIGN = {"extra_forbidden", "missing", "union_tag_invalid"}
+"""What pydantic finds in a config of another kind of run."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,39 @@ def resolve(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> Resol
     if not file.is_file():
         raise UserError(missing(file))
     problems: list[str] = []
-    tree = _defaults(schema)
-    for layer in [*read_chain(file, problems), parse_overrides(overrides, problems)]:
-        tree = merge(tree, layer, [schema])
+    layers = [*read_chain(file, problems), parse_overrides(overrides, problems)]
+    tree = _merged(schema, layers)
     written = origins(tree)
     try:
         config = schema.model_validate(plain(tree))
     except ValidationError as error:
+        strange = FOREIGN & {found["type"] for found in error.errors()}
+        if strange and not problems and (other := _fitting(schema, layers)):
+            wanted = f"`cairn {schema.verb}`"  # type: ignore[attr-defined]
+            raise UserError(f"{shown(file)} is a config of `cairn {other}`; one of {wanted} is wanted here") from error
         problems += explain(error, schema, written, shown(file))
     if problems:
         raise UserError("\n".join(problems))
     return Resolved(config, {key: written.get(key, "default") for key in _leaves(config.model_dump())})
+
+
+def _merged(schema: type[Section], layers: Sequence[Tree]) -> Tree:
+    tree = _defaults(schema)
+    for layer in layers:
+        tree = merge(tree, layer, [schema])
+    return tree
+
+
+def _fitting(schema: type[Section], layers: Sequence[Tree]) -> str | None:
+    """The verb of another kind of run whose config this is."""
+    kin: list[Any] = schema.__bases__[0].__subclasses__() if getattr(schema, "verb", "") else []
+    for other in kin:
+        try:
+            other.model_validate(plain(_merged(other, layers)))
+        except ValidationError:
+            continue
+        return str(other.verb)
+    return None
 
 
 def has_section(path: Path, name: str) -> bool:

@@ -1,6 +1,6 @@
 """One typed, frozen schema per verb. A YAML file, its `extends:` and dotted overrides fill it (see load.py)."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,8 @@ from cairn.config.train import (
 class RunConfig(Section):
     """What every verb that trains shares."""
 
+    verb: ClassVar[str] = ""
+    """Whose config it is: `cairn VERB`."""
     seed: int = Field(1234, ge=0, lt=2**32)
     """Decides initial weights, order, masks and dropout."""
     run: RunSection = RunSection()
@@ -60,6 +62,7 @@ class RunConfig(Section):
 class PretrainConfig(RunConfig):
     """`cairn pretrain`: a language model from scratch."""
 
+    verb = "pretrain"
     data: DataSection = DataSection()
     tokenizer: TokenizerSection = SentencePieceSection()
     model: ModelSection = GPTSection()
@@ -90,6 +93,7 @@ class PretrainConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """`cairn finetune`: a trained language model on a task of its own, or one from scratch to compare with."""
 
+    verb = "finetune"
     base: BaseSection = BaseSection()
     data: ExamplesSection
     task: TaskSection = ClassifySection()
@@ -125,6 +129,7 @@ def check_kind(task: TaskSection, model: ModelSection) -> None:
 class VisionConfig(RunConfig):
     """`cairn vision`: an image classifier."""
 
+    verb = "vision"
     data: DigitsSection = DigitsSection()
     model: ViTSection = ViTSection()
 
@@ -132,5 +137,6 @@ class VisionConfig(RunConfig):
 class GANConfig(RunConfig):
     """`cairn gan`: a generator against a discriminator."""
 
+    verb = "gan"
     data: DigitsSection = DigitsSection()
     model: DCGANSection = DCGANSection()

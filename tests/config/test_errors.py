@@ -91,6 +91,12 @@ def test_an_override(told, override, line):
     assert got.startswith(line), got
 
 
+def test_a_config_of_another_verb_is_said_to_be_one(told):
+    text = "base: {path: runs/x}\ndata: {train: a.tsv}\ntask: {name: classify}"
+    assert told(text) == ["x.yaml is a config of `cairn finetune`; one of `cairn pretrain` is wanted here"]
+    assert "x.yaml:3: task: unknown key; did you mean track?" in told(text + "\nzzz: 1")
+
+
 def test_all_at_once(told, tmp_path):
     (tmp_path / "base.yaml").write_text("seed: no\n")
     lines = told("extends: base.yaml\ntrain:\n  stps: 5\n  log_every: x\n", "modl.n_layer=2", "foo")
