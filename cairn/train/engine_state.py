@@ -175,20 +175,10 @@ class NamedState:
                 run.copy_(_run(value, start, run.numel()))
 
     def held(self) -> Iterator[Tensor]:
-        """The fp32 weights and moments on this rank, flat, none of them empty, without the padding between them.
-
-        What stage 3 pads with is whatever the memory held.
-        """
-        for slot in self.slots:
-            state = self.optimizer.state[slot.tensor]
-            stretches: list[tuple[int, int]] = []
-            for piece in sorted(slot.layout.pieces, key=lambda piece: piece.local_offset):
-                begin, end = piece.local_offset, piece.local_offset + piece.length
-                if stretches and stretches[-1][1] == begin:
-                    begin = stretches.pop()[0]
-                stretches.append((begin, end))
-            for tensor in (slot.tensor, *(state[key] for key in self._moments(slot))):
-                yield from (tensor.detach().view(-1)[begin:end] for begin, end in stretches if end > begin)
+        """The fp32 weights and moments on this rank, flat, none of them empty; not the padding, which nobody sets."""
+        for key in ("", *sorted({key for slot in self.slots for key in self._moments(slot)})):
+            for runs in self._runs(key).values():
+                yield from (run for _, run in runs if run.numel())
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to the model's state (batch-norm statistics, not tables that can be recomputed)."""

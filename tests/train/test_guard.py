@@ -396,3 +396,21 @@ def test_the_gradient_of_a_finite_loss_is_left_as_it_is() -> None:
         assert all(
             torch.equal(p.grad, q.grad) for p, q in zip(engine.module.parameters(), plain.parameters(), strict=True)
         )
+
+
+def spoiled_padding(rank: int) -> tuple[int, bool]:
+    """How many numbers ZeRO-3 pads with on this rank, and whether the engine is finite where they are not."""
+    engine, padding = build(3), 0
+    for slot in engine._state.slots:
+        padded = torch.ones(slot.tensor.numel(), dtype=torch.bool)
+        for piece in slot.layout.pieces:
+            padded[piece.local_offset : piece.local_offset + piece.length] = False
+        slot.tensor.detach().view(-1)[padded] = math.nan
+        padding += int(padded.sum())
+    return padding, engine.finite()
+
+
+def test_padding_is_no_weight() -> None:
+    results = run_distributed(spoiled_padding, 2)
+    assert sum(padding for padding, _ in results) > 0
+    assert all(finite for _, finite in results)
