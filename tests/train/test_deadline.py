@@ -91,16 +91,21 @@ def test_it_lands_just_before_the_deadline(clock: Clock, shape: ScheduleSection)
     assert factors[: cooldown.begin] == [guide._schedule(s) for s in range(cooldown.begin)]
 
 
+def assert_whole_cooldown_in_time(guide: Deadline, clock: Clock, step: int) -> None:
+    """That a guide of an hour and a cooldown of 300 steps, which has none yet, has it whole and ends with it."""
+    assert guide.cooldown is None
+    last, _ = drive(guide, clock, step, 1.0)
+    assert HOUR * 0.95 < clock.now < HOUR
+    assert guide.cooldown is not None
+    assert guide.cooldown.end - guide.cooldown.begin == 300
+    assert last == guide.cooldown.end
+
+
 def test_a_first_step_that_compiles_begins_no_cooldown(clock: Clock) -> None:
     guide = deadline(of(ScheduleSection(name="wsd", warmup_steps=10, decay_steps=300)))
     clock.now += 160.0  # ten steps: one of 151 seconds, nine of one
     guide.adopt(10, guide.propose(10, 10, 16.0))
-    assert guide.cooldown is None
-    step, _ = drive(guide, clock, 10, 1.0)
-    assert HOUR * 0.95 < clock.now < HOUR
-    assert guide.cooldown is not None
-    assert guide.cooldown.end - guide.cooldown.begin == 300
-    assert step == guide.cooldown.end
+    assert_whole_cooldown_in_time(guide, clock, 10)
 
 
 def test_a_first_step_that_compiles_shortens_no_cooldown(clock: Clock) -> None:
@@ -124,11 +129,7 @@ def test_a_machine_that_stands_still_once_begins_no_cooldown(clock: Clock) -> No
         guide.adopt(step, guide.propose(step, 10, 1.0))
     clock.now += 310.0  # five minutes of sleep among ten steps
     guide.adopt(40, guide.propose(40, 10, 31.0))
-    assert guide.cooldown is None
-    step, _ = drive(guide, clock, 40, 1.0)
-    assert HOUR * 0.95 < clock.now < HOUR
-    assert guide.cooldown is not None
-    assert guide.cooldown.end - guide.cooldown.begin == 300
+    assert_whole_cooldown_in_time(guide, clock, 40)
 
 
 def test_a_call_without_time_ends_after_its_first_stretch(clock: Clock) -> None:

@@ -3,8 +3,6 @@
 
 #include "amx.h"
 
-constexpr int64_t kPiece = 1 << 14;  // what a thread takes at once
-
 inline __m512 load(const float* from, __mmask16 which) { return _mm512_maskz_loadu_ps(which, from); }
 
 struct AdamW {
@@ -21,26 +19,19 @@ void adamw(const AdamW& s, float* weight, const Gradient* grad, float* mean, flo
   const __m512 new1 = _mm512_set1_ps(1 - s.beta1), new2 = _mm512_set1_ps(1 - s.beta2);
   const __m512 kept = _mm512_set1_ps(1 - s.lr * s.weight_decay), step = _mm512_set1_ps(s.lr / s.correction1);
   const __m512 root = _mm512_set1_ps(std::sqrt(s.correction2));
-#pragma omp parallel num_threads(s.threads)
-  {
-    FlushToZero flush;
-#pragma omp for schedule(static)
-    for (int64_t begin = 0; begin < s.n; begin += kPiece)
-      for (int64_t i = begin; i < std::min(begin + kPiece, s.n); i += 16) {
-        const __mmask16 which = first(s.n - i);
-        const __m512 g = _mm512_mul_ps(load(grad + i, which), clip);
-        __m512 m = load(mean + i, which), v = load(square + i, which);
-        m = _mm512_fmadd_ps(_mm512_sub_ps(g, m), new1, m);
-        v = _mm512_fmadd_ps(v, beta2, _mm512_mul_ps(_mm512_mul_ps(g, g), new2));
-        const __m512 size = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), root), eps);
-        __m512 w = _mm512_mul_ps(load(weight + i, which), kept);
-        w = _mm512_fnmadd_ps(step, _mm512_div_ps(m, size), w);
-        _mm512_mask_storeu_ps(mean + i, which, m);
-        _mm512_mask_storeu_ps(square + i, which, v);
-        _mm512_mask_storeu_ps(weight + i, which, w);
-        store(copy + i, w, which);
-      }
-  }
+  for_sixteens(s.n, s.threads, [&](int64_t i, __mmask16 which) {
+    const __m512 g = _mm512_mul_ps(load(grad + i, which), clip);
+    __m512 m = load(mean + i, which), v = load(square + i, which);
+    m = _mm512_fmadd_ps(_mm512_sub_ps(g, m), new1, m);
+    v = _mm512_fmadd_ps(v, beta2, _mm512_mul_ps(_mm512_mul_ps(g, g), new2));
+    const __m512 size = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), root), eps);
+    __m512 w = _mm512_mul_ps(load(weight + i, which), kept);
+    w = _mm512_fnmadd_ps(step, _mm512_div_ps(m, size), w);
+    _mm512_mask_storeu_ps(mean + i, which, m);
+    _mm512_mask_storeu_ps(square + i, which, v);
+    _mm512_mask_storeu_ps(weight + i, which, w);
+    store(copy + i, w, which);
+  });
 }
 
 // The 2-norm, whose sum is taken in the same order whatever the number of threads.

@@ -18,6 +18,8 @@
 using bf16 = uint16_t;
 using pair = uint32_t;  // of bf16, of rows 2k (low half) and 2k + 1
 
+constexpr int64_t kPiece = 1 << 14;  // numbers that a thread takes at once
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Asks the kernel for the tiles' registers; false where there are none.
@@ -87,6 +89,18 @@ inline void store(bf16* to, __m512 low, __m512 high, __mmask32 which) {  // 32 n
 inline __mmask16 within(int64_t low, int64_t high) { return first(high) & ~first(low); }  // lanes low <= i < high
 inline __m512i paired(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+// f(i, which) for every sixteen of n numbers from i on, those of `which`, on so many threads.
+template <typename F>
+void for_sixteens(int64_t n, int64_t threads, const F& f) {
+#pragma omp parallel num_threads(threads)
+  {
+    FlushToZero flush;
+#pragma omp for schedule(static)
+    for (int64_t begin = 0; begin < n; begin += kPiece)
+      for (int64_t i = begin; i < std::min(begin + kPiece, n); i += 16) f(i, first(n - i));
+  }
 }
 
 // 2^x: polynomial of the fraction (relative error 1e-7), exponent set by scalef; nan stays nan.

@@ -87,17 +87,9 @@ inline __m512 slope(__m512 x, Activation kind) {
 
 // to = grad times the slope of the activation at x, n numbers.
 void activation_gradient(int64_t n, const bf16* grad, const bf16* x, bf16* to, Activation kind, int64_t threads) {
-  constexpr int64_t kPiece = 1 << 14;
-#pragma omp parallel num_threads(threads)
-  {
-    FlushToZero flush;
-#pragma omp for schedule(static)
-    for (int64_t begin = 0; begin < n; begin += kPiece)
-      for (int64_t i = begin; i < std::min(begin + kPiece, n); i += 16) {
-        const __mmask16 which = first(n - i);
-        store(to + i, _mm512_mul_ps(load(grad + i, which), slope(load(x + i, which), kind)), which);
-      }
-  }
+  for_sixteens(n, threads, [&](int64_t i, __mmask16 which) {
+    store(to + i, _mm512_mul_ps(load(grad + i, which), slope(load(x + i, which), kind)), which);
+  });
 }
 
 struct CrossEntropy {

@@ -14,7 +14,7 @@ struct Blocks {
   int64_t depth;    // in steps of 32
 };
 constexpr Blocks kOnePass{512, 384, 768 / 32}, kPasses{256, 768, 512 / 32};
-constexpr int64_t kStep = 1024;    // elements of two neighbouring tiles: what one step of 32 along the depth reads
+constexpr int64_t kStep = 1024;  // elements of two neighbouring tiles: what one step of 32 along the depth reads
 
 struct Matrix {  // row-major, element (i, j) at data[i * stride + j]; `turned` means that its transpose is meant
   const bf16* data;
@@ -150,7 +150,7 @@ struct Result {
         store(activated + i * stride, ::activated(low, activation), ::activated(high, activation), which);
     }
   }
-  __attribute__((noinline)) void store_columns(int64_t i) const {  // of rows [i, i + 16)
+  void store_columns(int64_t i) const {  // of rows [i, i + 16)
     for (int64_t j = 0; j < columns; j += 16) {
       __m512i r[16];
       for (int64_t n = 0; n < 16; ++n) r[n] = _mm512_load_si512(sums + 32 * (i + n) + j);
@@ -241,14 +241,17 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b, bf1
         for (int64_t k = 0; k < steps; k += most) {
           const int64_t depth = std::min(most, steps - k);
           if (passes > 1 || start == 0) {
-            for (int64_t s = 0; a.turned && s < depth; ++s) {
-              strip.fetch(a, K, M, 32 * (k + s), top, 32 * squares);
-              if (left_sums && start == 0) add_rows(strip, 32 * squares, totals);
-              for (int64_t m = 0; m < squares; ++m) columns(strip, 32 * m, left + (m * depth + s) * kStep);
-            }
-            for (int64_t m = 0; !a.turned && m < squares; ++m) {
-              strip.fetch(a, M, K, top + 32 * m, 32 * k, 32 * depth);
-              for (int64_t s = 0; s < depth; ++s) rows(strip, 32 * s, left + (m * depth + s) * kStep);
+            if (a.turned) {
+              for (int64_t s = 0; s < depth; ++s) {
+                strip.fetch(a, K, M, 32 * (k + s), top, 32 * squares);
+                if (left_sums && start == 0) add_rows(strip, 32 * squares, totals);
+                for (int64_t m = 0; m < squares; ++m) columns(strip, 32 * m, left + (m * depth + s) * kStep);
+              }
+            } else {
+              for (int64_t m = 0; m < squares; ++m) {
+                strip.fetch(a, M, K, top + 32 * m, 32 * k, 32 * depth);
+                for (int64_t s = 0; s < depth; ++s) rows(strip, 32 * s, left + (m * depth + s) * kStep);
+              }
             }
           }
           int64_t index = 0;
