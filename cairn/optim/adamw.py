@@ -1,71 +1,33 @@
 """AdamW (arXiv 1711.05101) and its parameter groups: matrices and embeddings decay, norms and biases do not."""
 
-import ctypes
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cairn.ops import native
-
-Pieces = Callable[[int], Sequence[Tensor]]
-"""The gradient of a parameter, by its id: bf16 or fp32 tensors whose elements follow upon each other."""
+from cairn.optim.fused import Fused
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's fused AdamW; with `fuse`, one pass of our own that clips, steps and rounds to bf16."""
+    """PyTorch's fused AdamW, or our own."""
+
+    fused: Fused | None = None
+    """What a step takes instead of PyTorch's gradients."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, fused=True)
-        self._copies: dict[int, Tensor] = {}
-
-    def fuse(self, copies: Mapping[int, Tensor], gradients: Pieces, scale: Callable[[], float]) -> None:
-        """From now on a step takes `gradients` times `scale()`, and sets the bf16 copy of each fp32 parameter, by id.
-
-        The caller asks `native.available` first.
-        """
-        self._copies, self._gradients, self._scale = dict(copies), gradients, scale
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient."""
-        if not self._copies:
+        if self.fused is None:
             return super().step(closure)
-        scale, threads = self._scale(), torch.get_num_threads()
         for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state["step"] += 1
-                t, (beta1, beta2) = state["step"].item(), group["betas"]
-                rates = scale, group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
-                flat = [x.view(-1) for x in (p, state["exp_avg"], state["exp_avg_sq"], self._copies[id(p)])]
-                begin = 0
-                for gradient in self._gradients(id(p)):
-                    sizes = _Step(gradient.numel(), *rates, 1 - beta1**t, 1 - beta2**t, threads)
-                    weight, mean, square, copy = (x[begin:] for x in flat)
-                    half = gradient.dtype == torch.bfloat16
-                    native.call("cairn_adamw", sizes, half, weight, gradient, mean, square, copy)
-                    begin += gradient.numel()
+            for param in group["params"]:
+                self.fused.adamw(param, self.state[param], group)
         return None
-
-
-def norms(gradients: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of each, bf16 or fp32 and dense, in our kernel."""
-    found = torch.empty(len(gradients))
-    for norm, x in zip(found, gradients, strict=True):
-        native.call("cairn_norm_of", x.numel(), x.dtype == torch.bfloat16, x, norm, torch.get_num_threads())
-    return found
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        ("n", ctypes.c_int64),
-        *((name, ctypes.c_float) for name in ("clip", "lr", "beta1", "beta2", "eps", "weight_decay")),
-        *((name, ctypes.c_float) for name in ("correction1", "correction2")),
-        ("threads", ctypes.c_int64),
-    )
 
 
 def adamw_groups(

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from cairn.config.train import AdamWSection, MuonSection
@@ -13,9 +12,7 @@ from cairn.optim.muon import MuonAdamW, hidden_matrices
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(
-    named_params: Named, model: nn.Module, section: AdamWSection | MuonSection
-) -> torch.optim.Optimizer:
+def build_optimizer(named_params: Named, model: nn.Module, section: AdamWSection | MuonSection) -> AdamW | MuonAdamW:
     """The optimizer of `named_params`, the parameters of `model` that train.
 
     Each group has "lr" and "base_lr" (the peak), "weight_decay", and "kind": "adamw" or "muon".

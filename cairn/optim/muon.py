@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from cairn.ops import native
 from cairn.ops.precision import fast_bf16
+from cairn.optim.fused import Fused
 from cairn.optim.layout import FlatLayout, Piece
 
 
@@ -52,6 +54,11 @@ def orthogonalise(update: Tensor, steps: int) -> Tensor:
     in bf16 where that is fast: it forgives the error, and takes half to a quarter of the time.
     """
     update = update.contiguous()
+    result: Tensor
+    if update.device.type == "cpu" and update.dtype == torch.float32 and native.available():
+        result = torch.empty_like(update)
+        native.call("cairn_orthogonalise", *update.shape, steps, update, result, torch.get_num_threads())
+        return result
     x = update / (update.norm() + 1e-7)
     x = x.bfloat16() if fast_bf16(x.device.type) else x
     wide = x.size(0) <= x.size(1)
@@ -61,7 +68,7 @@ def orthogonalise(update: Tensor, steps: int) -> Tensor:
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     # Tall matrices, whose outputs outnumber their inputs, take larger steps.
     scale = math.sqrt(max(1.0, update.size(0) / update.size(1)))
-    result: Tensor = (x if wide else x.T).float().mul_(scale)
+    result = (x if wide else x.T).float().mul_(scale)
     return result
 
 
@@ -71,6 +78,9 @@ class MuonAdamW(torch.optim.Optimizer):
     State: "momentum" of Muon's tensors; "step", "exp_avg", "exp_avg_sq" of AdamW's. Muon's tensors are matrices, or
     the flat pieces of matrices that ZeRO leaves on a rank: then `attach` says which, and a step is collective.
     """
+
+    fused: Fused | None = None
+    """What a step takes instead of PyTorch's gradients, where tensors are attached of which this rank holds all."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
@@ -98,13 +108,23 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if group["kind"] == "muon":
+            params = [param for param in group["params"] if self.fused or param.grad is not None]
+            if self.fused:
+                self._fused(params, group, self.fused)
+            elif group["kind"] == "muon":
                 for param in params:
                     self._muon(param, group)
             elif params:
                 self._adamw(params, group)
         return loss
+
+    def _fused(self, params: list[Tensor], group: dict[str, Any], fused: Fused) -> None:
+        for param in params:
+            if group["kind"] == "muon":
+                shapes = [matrix.shape for matrix in self._flats[id(param)].matrices]
+                fused.muon(param, self.state[param]["momentum"], shapes, group)
+            else:
+                fused.adamw(param, self.state[param], group)
 
     def _muon(self, param: Tensor, group: dict[str, Any]) -> None:
         assert param.grad is not None

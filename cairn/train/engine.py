@@ -24,7 +24,6 @@ from cairn.errors import UserError
 from cairn.ops import native
 from cairn.ops.deterministic import use_deterministic_kernels
 from cairn.ops.precision import settled
-from cairn.optim.adamw import AdamW
 from cairn.optim.build import build_optimizer
 from cairn.train.engine_alone import Alone
 from cairn.train.engine_config import deepspeed_config, effective_stage
@@ -111,7 +110,7 @@ class Engine:
         self._state = NamedState(self.module, groups, slots, self._optimizer, self._stage, self.device)
         self._state.check(initial, self.dtype, deepspeed.__version__)
         self._state.prime()
-        if self._alone and isinstance(self._optimizer, AdamW):
+        if self._alone:
             self._alone.fuse(self._optimizer, optim.grad_clip)
         self._state.write(lambda key: initial[key.removeprefix("weight/")], trained_weights_only=True)
         self._refresh()

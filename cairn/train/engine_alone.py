@@ -5,7 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cairn.ops import native
-from cairn.optim.adamw import AdamW, norms
+from cairn.optim.adamw import AdamW
+from cairn.optim.fused import Fused, norms
+from cairn.optim.muon import MuonAdamW
 
 
 class Alone:
@@ -25,18 +27,18 @@ class Alone:
         self._single: dict[tuple[int, int], Tensor] = {}
         """By group and index: gradients of one micro-batch alone, which need no fp32 to be added up in."""
 
-    def fuse(self, optimizer: AdamW, grad_clip: float) -> None:
+    def fuse(self, optimizer: AdamW | MuonAdamW, grad_clip: float) -> None:
         """Where our kernel runs, let the optimizer clip and set the weights that are computed with, in its one pass."""
         if not native.runs(*self._zero.bf16_groups_flat):
             return
         masters = self._zero.fp32_groups_flat_partition
-        copies = zip(masters, self._zero.bf16_groups_flat, strict=True)
+        copies = {id(m): copy for m, copy in zip(masters, self._zero.bf16_groups_flat, strict=True)}
         groups = {id(master): group for group, master in enumerate(masters)}
 
         def factor() -> float:  # as DeepSpeed has it
             return min(1.0, grad_clip / (float(self._zero._global_grad_norm) + 1e-6)) if grad_clip else 1.0
 
-        optimizer.fuse({id(master): copy for master, copy in copies}, lambda key: self._pieces(groups[key]), factor)
+        optimizer.fused = Fused(copies, lambda key: self._pieces(groups[key]), factor)
         self._fused = True
         self._zero.get_grads_for_norm = self._norms
         self._zero.clip_grad = 0.0

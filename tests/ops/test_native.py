@@ -21,7 +21,7 @@ from cairn.ops.losses import cross_entropy_sum
 from cairn.ops.masks import Mask
 from cairn.ops.norms import Scale, add_norm, norm
 from cairn.ops.positions import rope_table, rotate
-from cairn.optim.adamw import AdamW, norms
+from cairn.optim.fused import norms
 
 needs_amx = pytest.mark.skipif(not native.available(), reason="this machine has no AMX, or no g++")
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -229,42 +229,6 @@ def test_a_compiled_model_computes_the_same() -> None:
         results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-2)
-
-
-@needs_amx
-@pytest.mark.parametrize("half", [False, True])
-def test_fused_adamw_is_pytorchs(half: bool) -> None:
-    torch.manual_seed(0)
-    start = torch.randn(1003)
-    weights = [nn.Parameter(start.clone()) for _ in range(2)]
-    group: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
-    theirs, ours = torch.optim.AdamW([{"params": [weights[0]], **group}]), AdamW([{"params": [weights[1]], **group}])
-    copy = torch.zeros(1003, dtype=torch.bfloat16)
-    for step in range(5):
-        grad = torch.randn(1003).bfloat16()
-        weights[0].grad = grad.float() * 0.25
-        if step < 2:  # steps of PyTorch's own before, whose state is taken over
-            weights[1].grad = weights[0].grad.clone()
-        else:
-            pieces = (grad if half else grad.float()).split([500, 503])
-            ours.fuse({id(weights[1]): copy}, lambda key, pieces=pieces: pieces, lambda: 0.25)  # type: ignore[misc]
-        theirs.step()
-        ours.step()
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(ours.state[weights[1]][key], theirs.state[weights[0]][key], rtol=1e-5, atol=1e-7)
-    assert torch.equal(copy, weights[1].detach().bfloat16())
-
-
-@needs_amx
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_are_those_of_double_precision(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    gradients = [torch.randn(n).to(dtype) * 3 for n in (1, 77, 64, 100_001)] + [
-        torch.tensor([1.0, torch.inf]).to(dtype)
-    ]
-    found = norms(gradients)
-    torch.testing.assert_close(found, torch.stack([x.double().norm() for x in gradients]).float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
-SOURCES = ("kernels.cpp", "adamw.h", "attention.h", "gemm.h", "elementwise.h", "rows.h", "amx.h")
+SOURCES = ("kernels.cpp", "adamw.h", "attention.h", "gemm.h", "elementwise.h", "muon.h", "rows.h", "amx.h")
 FLAGS = [  # -w: g++ 12 warns of its own headers
     *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw"),
     *("-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
@@ -83,7 +83,7 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def call(name: str, *args: Tensor | ctypes.Structure | int | None) -> None:
+def call(name: str, *args: Tensor | ctypes.Structure | ctypes.Array[Any] | int | None) -> None:
     """Run a kernel, where they are `available`; nothing where memory is only planned, among tensors without any.
 
     Tensors are given by address, structures by reference, numbers as 64 bits, None as the null pointer.
@@ -92,7 +92,7 @@ def call(name: str, *args: Tensor | ctypes.Structure | int | None) -> None:
         library()[name](*map(_argument, args))
 
 
-def _argument(x: Tensor | ctypes.Structure | int | None) -> Any:
+def _argument(x: Tensor | ctypes.Structure | ctypes.Array[Any] | int | None) -> Any:
     match x:
         case None:
             return None

@@ -128,6 +128,9 @@ struct Result {
   bf16* to = nullptr;
   int64_t stride = 0, rows = 0, columns = 0;
   bool turned = false;         // to the transpose of C
+  bf16* mirrored = nullptr;    // where the transpose goes as well, or null
+  const bf16* added = nullptr;  // like `to`, or null
+  float scale = 1, added_scale = 0;
   const bf16* bias = nullptr;  // of these columns, or null
   bf16* activated = nullptr;   // where the activation's value goes, or null
   Activation activation = Activation::none;
@@ -135,7 +138,7 @@ struct Result {
   void store_rows(int64_t begin, int64_t end) const {
     end = std::min(end, rows);
     if (turned) {
-      for (int64_t i = round_up(begin, 16); i < end; i += 16) store_columns(i);
+      for (int64_t i = round_up(begin, 16); i < end; i += 16) store_columns(i, to);
       return;
     }
     const __mmask32 which = first32(columns);
@@ -145,12 +148,22 @@ struct Result {
         low = _mm512_add_ps(low, load(bias, first(columns)));
         high = _mm512_add_ps(high, load(bias + 16, first(columns - 16)));
       }
+      if (added) {
+        const __m512 by = _mm512_set1_ps(scale), added_by = _mm512_set1_ps(added_scale);
+        low = _mm512_fmadd_ps(low, by, _mm512_mul_ps(load(added + i * stride, first(columns)), added_by));
+        high = _mm512_fmadd_ps(high, by, _mm512_mul_ps(load(added + i * stride + 16, first(columns - 16)), added_by));
+      }
       store(to + i * stride, low, high, which);
       if (activated)
         store(activated + i * stride, ::activated(low, activation), ::activated(high, activation), which);
+      if (mirrored) {
+        _mm512_store_ps(sums + 32 * i, low);
+        _mm512_store_ps(sums + 32 * i + 16, high);
+        if (i % 16 == 15 || i == rows - 1) store_columns(i / 16 * 16, mirrored);
+      }
     }
   }
-  void store_columns(int64_t i) const {  // of rows [i, i + 16)
+  void store_columns(int64_t i, bf16* to) const {  // of rows [i, i + 16)
     for (int64_t j = 0; j < columns; j += 16) {
       __m512i r[16];
       for (int64_t n = 0; n < 16; ++n) r[n] = _mm512_load_si512(sums + 32 * (i + n) + j);
@@ -188,6 +201,9 @@ struct Extras {
   const bf16* bias = nullptr;  // (N), added to C, or null
   bf16* activated = nullptr;   // (M, N), the activation of C, or null
   Activation activation = Activation::none;
+  bool symmetric = false;         // C is: half of it is computed
+  const bf16* added = nullptr;    // (M, N): C = scale A B + added_scale added; or null
+  float scale = 1, added_scale = 0;
 };
 
 // C (M, N), dense, = A (M, K) B (K, N).
@@ -258,6 +274,7 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b, bf1
           for (int64_t m = 0; m < squares; ++m)
             for (int64_t p = start; p < std::min(start + group, panels); ++p, ++index) {
               const int64_t i = top + 32 * m, j = 32 * p;
+              if (extras.symmetric && j < i) continue;
               Result now{sums + 1024 * (passes == 1 ? index % 2 : index)};
               if (k + depth == steps)
                 now = {now.sums,
@@ -266,6 +283,10 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b, bf1
                        std::min<int64_t>(32, M - i),
                        std::min<int64_t>(32, N - j),
                        extras.turned,
+                       extras.symmetric && i < j ? c + j * N + i : nullptr,
+                       extras.added ? extras.added + i * N + j : nullptr,
+                       extras.scale,
+                       extras.added_scale,
                        extras.bias ? extras.bias + j : nullptr,
                        extras.activated ? extras.activated + i * N + j : nullptr,
                        extras.activation};

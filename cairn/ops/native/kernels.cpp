@@ -4,6 +4,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "gemm.h"
+#include "muon.h"
 #include "rows.h"
 
 extern "C" {
@@ -70,5 +71,12 @@ void cairn_adamw(const AdamW* step, int64_t half, float* weight, const void* gra
 
 void cairn_norm_of(int64_t n, int64_t half, const void* x, float* norm, int64_t threads) {
   *norm = half ? norm_of(n, static_cast<const bf16*>(x), threads) : norm_of(n, static_cast<const float*>(x), threads);
+}
+
+void cairn_muon(const Muon* step, const MuonMatrix* matrices) { muon(*step, matrices); }
+
+void cairn_orthogonalise(int64_t rows, int64_t columns, int64_t steps, const float* update, float* result,
+                         int64_t threads) {
+  orthogonalised(rows, columns, steps, update, result, threads);
 }
 }
