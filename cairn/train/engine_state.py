@@ -6,8 +6,9 @@ size wrote any other reads, to the bit.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -141,11 +142,10 @@ class NamedState:
             whole = bucket[0].replicated  # here already: nothing is added
             device, make = (torch.device("cpu"), torch.empty) if whole else (self.device, torch.zeros)
             gathered = make(sum(e.numel for e in bucket), dtype=torch.float32, device=device)
-            at = 0
-            for e in bucket:
-                for start, run in e.parts:
-                    _run(gathered, at + start, run.numel()).copy_(run)
-                at += e.numel
+            begins = accumulate((e.numel for e in bucket), initial=0)
+            parts = [(at + start, run) for at, e in zip(begins, bucket, strict=False) for start, run in e.parts]
+            for start, run in _joined(parts):
+                _run(gathered, start, run.numel()).copy_(run)
             if not whole:
                 dist.reduce(gathered.view(torch.int32), dst=owner)
             if self.rank == owner:
@@ -246,13 +246,39 @@ class NamedState:
     def _buckets(self, entries: list[Entry]) -> list[list[Entry]]:
         """Entries of one owner and kind, at most BUCKET elements; owners take turns, so that all can write at once."""
         chains: dict[tuple[bool, int], list[list[Entry]]] = {}
+        filled: dict[tuple[bool, int], int] = {}
         for e in entries:
-            chain = chains.setdefault((e.replicated, e.owner), [[]])
-            if chain[-1] and sum(other.numel for other in chain[-1]) + e.numel > BUCKET:
+            kind = e.replicated, e.owner
+            chain = chains.setdefault(kind, [])
+            if not chain or filled[kind] + e.numel > BUCKET:
                 chain.append([])
+                filled[kind] = 0
             chain[-1].append(e)
+            filled[kind] += e.numel
         turns = [(turn, *key) for key, chain in chains.items() for turn in range(len(chain))]
         return [chains[replicated, owner][turn] for turn, replicated, owner in sorted(turns)]
+
+
+def _joined(parts: Iterable[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """(place, run) of runs, where those that follow upon each other in memory and in their places are one.
+
+    A copy of many small runs spends as long on waking threads as on copying.
+    """
+    joined: list[tuple[int, Tensor]] = []
+    for start, run in parts:
+        if joined:
+            place, before = joined[-1]
+            length = before.numel()
+            follows = before.data_ptr() + before.nbytes == run.data_ptr() and place + length == start
+            if follows and before.dtype == run.dtype and _storage(before) == _storage(run):
+                joined[-1] = place, before.as_strided((length + run.numel(),), (1,))
+                continue
+        joined.append((start, run))
+    return joined
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _run(tensor: Tensor, start: int, length: int) -> Tensor:
