@@ -23,7 +23,7 @@ def trainer_steps(
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from cairn.cluster import Cluster
-    from cairn.train.engine import DTYPES
+    from cairn.ops.precision import DTYPES
     from cairn.train.peak import matmul_peak
 
     device = Cluster().device

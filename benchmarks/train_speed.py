@@ -50,7 +50,7 @@ def _samples(shape: Shape) -> tuple[Any, Any]:
 def _timed(shape: Shape, config: Any, task: Any, steps: int, step: "Callable[[list[Batch]], float]") -> Measured:
     """Median seconds of `step`, which trains on micro-batches and returns their loss, after the warmup."""
     from cairn.data.batches import Loader
-    from cairn.train.engine import DTYPES
+    from cairn.ops.precision import DTYPES
     from cairn.train.peak import matmul_peak
 
     loader, where = Loader(task.samples("train"), shape.batch, shape.micro_batch_size), Cluster().device
@@ -67,7 +67,7 @@ def run_bare(shape: Shape, steps: int) -> Measured:
     """The same model and optimizer in the shortest loop: fp32 masters of its weights, clipping, fused AdamW."""
     import torch
 
-    from cairn.train.engine import DTYPES
+    from cairn.ops.precision import DTYPES
 
     config, task = _samples(shape)
     torch.manual_seed(config.seed)

@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--length-penalty", type=float, metavar="P", help="beams: above 0 favours long texts (default 1)")
     p.add_argument("--n-best", type=positive, metavar="K", help="beams: the K best texts of each prompt (default 1)")
     p.add_argument("--batch-size", type=positive, metavar="B", help="prompts of FILE at a time (default 16)")
+    p.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="what is computed in (default fp32)"
+    )
     return p
 
 
@@ -131,6 +134,7 @@ def main() -> None:
     from cairn.decode.sample import generators
     from cairn.decode.texts import Task, write_texts
     from cairn.models.seq2seq import Seq2Seq
+    from cairn.ops.precision import DTYPES
     from cairn.train.run import load_model
 
     how_of(args, 0.8)  # errors are told before the model is loaded
@@ -143,6 +147,7 @@ def main() -> None:
         run = answering(run)
     if not translates:
         decoder_of(run)  # and before the prompt is written
+    run.model.to(DTYPES[args.precision])
     prompts, samples, seed, least = prompts_of(args), args.samples or 1, args.seed or 0, args.min_new_tokens or 0
     stops = args.stop or ()
     if args.file is None and not translates and not isinstance(how, Beams):

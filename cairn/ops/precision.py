@@ -4,6 +4,8 @@ import torch
 
 from cairn.config.train import EngineSection
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def settled(engine: EngineSection, device_type: str) -> EngineSection:
     """The section with what `precision: auto` stands for here: bf16 where it is fast, else fp16 on a GPU and fp32 on a

@@ -23,14 +23,13 @@ from cairn.config.train import EngineSection, OptimSection
 from cairn.errors import UserError
 from cairn.ops import native
 from cairn.ops.deterministic import use_deterministic_kernels
-from cairn.ops.precision import settled
+from cairn.ops.precision import DTYPES, settled
 from cairn.optim.build import build_optimizer
 from cairn.train.engine_alone import Alone
 from cairn.train.engine_config import deepspeed_config, effective_stage
 from cairn.train.engine_layout import flat_slots, replicated_slots, sharded_slots
 from cairn.train.engine_state import NamedState
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's dynamic fp16 loss scale."""
 

@@ -246,7 +246,7 @@ def attention(config: PretrainConfig) -> Finding:
     """The kernel that `auto` takes here for the model's shape."""
     from cairn.ops.attention import choose
     from cairn.ops.masks import Mask
-    from cairn.train.engine import DTYPES
+    from cairn.ops.precision import DTYPES
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, batch, length = config.model, config.train.micro_batch_size, config.seq_len

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cairn.config.data import MaskedSection
 from cairn.config.model import BERTSection
@@ -13,6 +14,7 @@ from cairn.config.schema import PretrainConfig
 from cairn.data.tokenizer import BytesTokenizer
 from cairn.decode.__main__ import main
 from cairn.decode.beam import Beams
+from cairn.decode.generate import generate
 from cairn.decode.sample import Sampling
 from cairn.decode.texts import Task, write_texts
 from cairn.errors import UserError
@@ -71,6 +73,19 @@ def test_an_encoder_decoder_writes_a_line_a_source(
         assert says(monkeypatch, capsys, run, *new, *options) == "".join(text + "\n" for text in texts)
     drawn = says(monkeypatch, capsys, run, *new, "--temperature", 3, "--samples", 2, "--seed", 1)
     assert drawn == "".join(t + "\n" for t in write_texts(run, ["a source"], Task(Sampling(3.0), 9, 0, 2, 1))[0])
+
+
+@pytest.mark.parametrize("make", [tiny_gpt, tiny_seq2seq])
+def test_half_precision(
+    make: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = byte_run(make)
+    says(monkeypatch, capsys, run, "--prompt", "one", "--precision", "bf16", "--greedy", "--max-new-tokens", 40)
+    assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
+    prompts = [[1, 2, 3], [4, 5]]
+    if make is tiny_gpt:  # with the cache it is the same model as without
+        written = [generate(run.model, prompts, 30, Sampling(0.0), cached=cached) for cached in (True, False)]
+        assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(
