@@ -49,6 +49,9 @@ class MuonSection(Section):
     """Added to the root of AdamW's second moment."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest norm of the whole gradient; 0: off."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of a block over that of the block above it; embeddings lie below the first, heads above the last
+    (arXiv 1801.06146, section 3.2)."""
 
 
 OptimSection = Annotated[AdamWSection | MuonSection, Field(discriminator="name")]

@@ -1,7 +1,7 @@
 """AdamW (arXiv 1711.05101) and its parameter groups: matrices and embeddings decay, norms and biases do not."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,26 +36,41 @@ def adamw_groups(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    layer_decay: float = 1.0,
+    shares: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """The groups that decay and that do not, of every layer where layers differ; an empty one is left out."""
-    depths = layers(named) if layer_decay < 1 else dict.fromkeys((name for name, _ in named), 0)
-    top = max(depths.values(), default=0)
+    """The groups that decay and that do not, of every rate where `shares` (by name) makes several of it."""
     groups = []
-    for depth in sorted(set(depths.values()), reverse=True):
-        rate = lr * layer_decay ** (top - depth)
-        shared = {"kind": "adamw", "lr": rate, "base_lr": rate, "betas": tuple(betas), "eps": eps}
-        here = [param for name, param in named if depths[name] == depth]
+    for share, members in by_share(named, shares):
+        shared = {"kind": "adamw", "lr": lr * share, "base_lr": lr * share, "betas": tuple(betas), "eps": eps}
         groups += [
-            {"params": [param for param in here if param.ndim >= 2], "weight_decay": weight_decay, **shared},
-            {"params": [param for param in here if param.ndim < 2], "weight_decay": 0.0, **shared},
+            {"params": [param for param in members if param.ndim >= 2], "weight_decay": weight_decay, **shared},
+            {"params": [param for param in members if param.ndim < 2], "weight_decay": 0.0, **shared},
         ]
     return [group for group in groups if group["params"]]
 
 
-def layers(named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, int]:
+def by_share(
+    named: Iterable[tuple[str, nn.Parameter]], shares: Mapping[str, float] | None
+) -> list[tuple[float, list[nn.Parameter]]]:
+    """Parameters of equal share, 1.0 where none are given, the largest first."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for name, param in named:
+        found.setdefault(shares[name] if shares else 1.0, []).append(param)
+    return sorted(found.items(), key=lambda item: -item[0])
+
+
+def layer_shares(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Each parameter's share of the learning rate: those above the blocks have all of it, each layer below `decay`
+    times that of the one above it."""
+    depths = layers(names)
+    top = max(depths.values(), default=0)
+    return {name: decay ** (top - depth) for name, depth in depths.items()}
+
+
+def layers(names: Iterable[str]) -> dict[str, int]:
     """How high in the model each parameter lies: embeddings 0, block i at i + 1, what follows the blocks above them."""
-    blocks = {name: int(found[1]) + 1 for name, _ in named if (found := re.search(r"\bblocks\.(\d+)\.", name))}
+    names = list(names)
+    blocks = {name: int(found[1]) + 1 for name in names if (found := re.search(r"\bblocks\.(\d+)\.", name))}
     top = max(blocks.values(), default=0) + 1
     below = ("embed.", "relative.")
-    return {name: blocks.get(name, 0 if name.startswith(below) else top) for name, _ in named}
+    return {name: blocks.get(name, 0 if name.startswith(below) else top) for name in names}

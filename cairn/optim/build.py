@@ -1,12 +1,11 @@
 """From the `optim` section to an optimizer with its parameter groups."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from cairn.config.train import AdamWSection, MuonSection
-from cairn.optim.adamw import AdamW, adamw_groups
+from cairn.optim.adamw import AdamW, adamw_groups, by_share, layer_shares
 from cairn.optim.muon import MuonAdamW, hidden_matrices
 
 Named = Iterable[tuple[str, nn.Parameter]]
@@ -18,19 +17,22 @@ def build_optimizer(named_params: Named, model: nn.Module, section: AdamWSection
     Each group has "lr" and "base_lr" (the peak), "weight_decay", and "kind": "adamw" or "muon".
     """
     named = [(name, param) for name, param in named_params if param.requires_grad]
+    shares = layer_shares((name for name, _ in named), section.layer_decay) if section.layer_decay < 1 else None
+    others = section.betas, section.eps, section.weight_decay, shares
     if isinstance(section, AdamWSection):
-        groups = adamw_groups(named, section.lr, section.betas, section.eps, section.weight_decay, section.layer_decay)
-        return AdamW(groups)
+        return AdamW(adamw_groups(named, section.lr, *others))
     hidden = hidden_matrices(model)
-    muon: dict[str, Any] = {
-        "params": [param for _, param in named if id(param) in hidden],
-        "kind": "muon",
-        "lr": section.lr,
-        "base_lr": section.lr,
-        "weight_decay": section.weight_decay,
-        "momentum": section.momentum,
-        "ns_steps": section.ns_steps,
-    }
+    muon = [
+        {
+            "params": params,
+            "kind": "muon",
+            "lr": section.lr * share,
+            "base_lr": section.lr * share,
+            "weight_decay": section.weight_decay,
+            "momentum": section.momentum,
+            "ns_steps": section.ns_steps,
+        }
+        for share, params in by_share(((name, param) for name, param in named if id(param) in hidden), shares)
+    ]
     rest = [(name, param) for name, param in named if id(param) not in hidden]
-    groups = adamw_groups(rest, section.adam_lr, section.betas, section.eps, section.weight_decay)
-    return MuonAdamW([muon, *groups] if muon["params"] else groups)
+    return MuonAdamW([*muon, *adamw_groups(rest, section.adam_lr, *others)])

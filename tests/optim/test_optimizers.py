@@ -61,6 +61,20 @@ def test_muon_takes_the_matrices_of_blocks_alone() -> None:
     assert rates == {"muon": 0.02, "adamw": 3e-3}
 
 
+@pytest.mark.parametrize(
+    "section", [AdamWSection(lr=0.01, layer_decay=0.5), MuonSection(lr=0.01, adam_lr=0.01, layer_decay=0.5)]
+)
+def test_lower_layers_move_less(section: AdamWSection | MuonSection) -> None:
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+    model.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(2))
+    optimizer = build_optimizer(model.named_parameters(), model, section)
+    rates = {"head": 0.01, "blocks.1": 0.005, "blocks.0": 0.0025, "embed": 0.00125}
+    for where, rate in rates.items():
+        expected = {name for name, _ in model.named_parameters() if name.startswith(where)}
+        assert names(model, optimizer, base_lr=rate) == expected
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = Tiny()
     model.embedding.weight.requires_grad_(False)
