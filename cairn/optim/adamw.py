@@ -36,9 +36,9 @@ def adamw_groups(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    shares: Mapping[str, float] | None = None,
+    shares: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """The groups that decay and that do not, of every rate where `shares` (by name) makes several of it."""
+    """The groups that decay and that do not, for each share of the rate that parameters have by name (else all)."""
     groups = []
     for share, members in by_share(named, shares):
         shared = {"kind": "adamw", "lr": lr * share, "base_lr": lr * share, "betas": tuple(betas), "eps": eps}
@@ -50,16 +50,16 @@ def adamw_groups(
 
 
 def by_share(
-    named: Iterable[tuple[str, nn.Parameter]], shares: Mapping[str, float] | None
+    named: Iterable[tuple[str, nn.Parameter]], shares: Mapping[str, float]
 ) -> list[tuple[float, list[nn.Parameter]]]:
-    """Parameters of equal share, 1.0 where none are given, the largest first."""
+    """Parameters of equal share, the largest first."""
     found: dict[float, list[nn.Parameter]] = {}
     for name, param in named:
-        found.setdefault(shares[name] if shares else 1.0, []).append(param)
+        found.setdefault(shares.get(name, 1.0), []).append(param)
     return sorted(found.items(), key=lambda item: -item[0])
 
 
-def layer_shares(names: Iterable[str], decay: float) -> dict[str, float]:
+def layer_shares(names: Sequence[str], decay: float) -> dict[str, float]:
     """Each parameter's share of the learning rate: those above the blocks have all of it, each layer below `decay`
     times that of the one above it."""
     depths = layers(names)
@@ -67,9 +67,8 @@ def layer_shares(names: Iterable[str], decay: float) -> dict[str, float]:
     return {name: decay ** (top - depth) for name, depth in depths.items()}
 
 
-def layers(names: Iterable[str]) -> dict[str, int]:
+def layers(names: Sequence[str]) -> dict[str, int]:
     """How high in the model each parameter lies: embeddings 0, block i at i + 1, what follows the blocks above them."""
-    names = list(names)
     blocks = {name: int(found[1]) + 1 for name in names if (found := re.search(r"\bblocks\.(\d+)\.", name))}
     top = max(blocks.values(), default=0) + 1
     below = ("embed.", "relative.")

@@ -17,7 +17,7 @@ def build_optimizer(named_params: Named, model: nn.Module, section: AdamWSection
     Each group has "lr" and "base_lr" (the peak), "weight_decay", and "kind": "adamw" or "muon".
     """
     named = [(name, param) for name, param in named_params if param.requires_grad]
-    shares = layer_shares((name for name, _ in named), section.layer_decay) if section.layer_decay < 1 else None
+    shares = layer_shares([name for name, _ in named], section.layer_decay)
     others = section.betas, section.eps, section.weight_decay, shares
     if isinstance(section, AdamWSection):
         return AdamW(adamw_groups(named, section.lr, *others))

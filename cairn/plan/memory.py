@@ -107,7 +107,7 @@ def count(config: PretrainConfig, vocab_size: int) -> Facts:
         model = build_model(config.model, vocab_size)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = set() if isinstance(config.optim, AdamWSection) else hidden_matrices(model)
-    rest = adamw_groups([(n, p) for n, p in named if id(p) not in hidden], 0.0, (0.0, 0.0), 0.0, 0.0)
+    rest = adamw_groups([(n, p) for n, p in named if id(p) not in hidden], 0.0, (0.0, 0.0), 0.0, 0.0, {})
     matrices = tuple((p.shape[0], p.shape[1]) for _, p in named if id(p) in hidden)
     muon = sum(rows * columns for rows, columns in matrices)
     sizes = [muon] if muon else []

@@ -127,9 +127,9 @@ struct Result {
   float* sums = nullptr;
   bf16* to = nullptr;
   int64_t stride = 0, rows = 0, columns = 0;
-  bool turned = false;         // to the transpose of C
-  bf16* mirrored = nullptr;    // where the transpose goes as well, or null
-  const bf16* added = nullptr;  // like `to`, or null
+  bool turned = false;          // to the transpose of C
+  bf16* mirrored = nullptr;     // where the transpose goes as well, or null
+  const bf16* added = nullptr;  // of these rows and columns, or null
   float scale = 1, added_scale = 0;
   const bf16* bias = nullptr;  // of these columns, or null
   bf16* activated = nullptr;   // where the activation's value goes, or null
@@ -201,8 +201,8 @@ struct Extras {
   const bf16* bias = nullptr;  // (N), added to C, or null
   bf16* activated = nullptr;   // (M, N), the activation of C, or null
   Activation activation = Activation::none;
-  bool symmetric = false;         // C is: half of it is computed
-  const bf16* added = nullptr;    // (M, N): C = scale A B + added_scale added; or null
+  bool symmetric = false;       // C is: half of it is computed
+  const bf16* added = nullptr;  // (M, N): C = scale A B + added_scale added; or null
   float scale = 1, added_scale = 0;
 };
 

@@ -1,4 +1,4 @@
-// Muon (Jordan and others 2024, kellerjordan.github.io/posts/muon): a step of one matrix after the other, each by one thread.
+// Muon (Jordan and others 2024, kellerjordan.github.io/posts/muon). In a step each matrix is one thread's.
 #pragma once
 
 #include "adamw.h"
