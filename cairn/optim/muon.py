@@ -54,7 +54,6 @@ def orthogonalise(update: Tensor, steps: int) -> Tensor:
     in bf16 where that is fast: it forgives the error, and takes half to a quarter of the time.
     """
     update = update.contiguous()
-    result: Tensor
     if update.device.type == "cpu" and update.dtype == torch.float32 and native.available():
         result = torch.empty_like(update)
         native.call("cairn_orthogonalise", *update.shape, steps, update, result, torch.get_num_threads())
@@ -68,8 +67,8 @@ def orthogonalise(update: Tensor, steps: int) -> Tensor:
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     # Tall matrices, whose outputs outnumber their inputs, take larger steps.
     scale = math.sqrt(max(1.0, update.size(0) / update.size(1)))
-    result = (x if wide else x.T).float().mul_(scale)
-    return result
+    scaled: Tensor = (x if wide else x.T).float().mul_(scale)
+    return scaled
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -107,24 +106,26 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.fused:
+            self._step_fused(self.fused)
+            return loss
         for group in self.param_groups:
-            params = [param for param in group["params"] if self.fused or param.grad is not None]
-            if self.fused:
-                self._fused(params, group, self.fused)
-            elif group["kind"] == "muon":
+            params = [param for param in group["params"] if param.grad is not None]
+            if group["kind"] == "muon":
                 for param in params:
                     self._muon(param, group)
             elif params:
                 self._adamw(params, group)
         return loss
 
-    def _fused(self, params: list[Tensor], group: dict[str, Any], fused: Fused) -> None:
-        for param in params:
-            if group["kind"] == "muon":
-                shapes = [matrix.shape for matrix in self._flats[id(param)].matrices]
-                fused.muon(param, self.state[param]["momentum"], shapes, group)
-            else:
-                fused.adamw(param, self.state[param], group)
+    def _step_fused(self, fused: Fused) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if group["kind"] == "muon":
+                    shapes = [matrix.shape for matrix in self._flats[id(param)].matrices]
+                    fused.muon(param, self.state[param]["momentum"], shapes, group)
+                else:
+                    fused.adamw(param, self.state[param], group)
 
     def _muon(self, param: Tensor, group: dict[str, Any]) -> None:
         assert param.grad is not None

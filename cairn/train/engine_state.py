@@ -141,9 +141,9 @@ class NamedState:
                 continue
             whole = bucket[0].replicated  # here already: nothing is added
             device, make = (torch.device("cpu"), torch.empty) if whole else (self.device, torch.zeros)
-            gathered = make(sum(e.numel for e in bucket), dtype=torch.float32, device=device)
-            begins = accumulate((e.numel for e in bucket), initial=0)
-            parts = [(at + start, run) for at, e in zip(begins, bucket, strict=False) for start, run in e.parts]
+            *begins, size = accumulate((e.numel for e in bucket), initial=0)
+            gathered = make(size, dtype=torch.float32, device=device)
+            parts = [(at + start, run) for at, e in zip(begins, bucket, strict=True) for start, run in e.parts]
             for start, run in _joined(parts):
                 _run(gathered, start, run.numel()).copy_(run)
             if not whole:

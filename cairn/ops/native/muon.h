@@ -4,11 +4,15 @@
 #include "adamw.h"
 #include "gemm.h"
 
-// x (R, C) with its singular values brought to about 1: the quintic of Jordan and others, `steps` times over. The square
-// products are symmetric, and only half of each is computed.
-inline void orthogonalise(int64_t R, int64_t C, int64_t steps, bf16* x, int64_t threads) {
+// x (R, C) = the update with its singular values brought to about 1: the quintic of Jordan and others, `steps` times over.
+// The square products are symmetric, and only half of each is computed.
+inline void orthogonalise(int64_t R, int64_t C, int64_t steps, const float* update, bf16* x, int64_t threads) {
   const bool wide = R <= C;
   const int64_t n = std::min(R, C), depth = std::max(R, C);
+  const __m512 size = _mm512_set1_ps(norm_of(R * C, update, threads) + 1e-7f);
+  for_sixteens(R * C, threads, [&](int64_t i, __mmask16 which) {
+    store(x + i, _mm512_div_ps(load(update + i, which), size), which);
+  });
   Buffer<bf16> gram(n * n), polynomial(n * n), other(R * C);
   bf16 *from = x, *to = other;
   for (int64_t step = 0; step < steps; ++step, std::swap(from, to)) {
@@ -25,19 +29,10 @@ inline void orthogonalise(int64_t R, int64_t C, int64_t steps, bf16* x, int64_t 
 // Tall matrices, whose outputs outnumber their inputs, take larger steps.
 inline float reach(int64_t R, int64_t C) { return std::sqrt(std::max(1.0f, float(R) / C)); }
 
-// x = update / |update|, on so many threads.
-inline void normalise(int64_t n, const float* update, bf16* x, int64_t threads) {
-  const __m512 size = _mm512_set1_ps(norm_of(n, update, threads) + 1e-7f);
-  for_sixteens(n, threads, [&](int64_t i, __mmask16 which) {
-    store(x + i, _mm512_div_ps(load(update + i, which), size), which);
-  });
-}
-
-// The update (R, C) orthogonalised, into `result`.
+// The same in fp32, and as large as a step takes it.
 inline void orthogonalised(int64_t R, int64_t C, int64_t steps, const float* update, float* result, int64_t threads) {
   Buffer<bf16> x(R * C);
-  normalise(R * C, update, x, threads);
-  orthogonalise(R, C, steps, x, threads);
+  orthogonalise(R, C, steps, update, x, threads);
   const __m512 scale = _mm512_set1_ps(reach(R, C));
   for_sixteens(R * C, threads, [&](int64_t i, __mmask16 which) {
     _mm512_mask_storeu_ps(result + i, which, _mm512_mul_ps(load(x + i, which), scale));
@@ -80,8 +75,7 @@ inline void muon(const Muon& s, const MuonMatrix* matrices) {
     Buffer<bf16> x(n);
     if (matrix.half) nesterov(s, n, static_cast<const bf16*>(matrix.grad), matrix.momentum, update);
     else nesterov(s, n, static_cast<const float*>(matrix.grad), matrix.momentum, update);
-    normalise(n, update, x, 1);
-    orthogonalise(matrix.rows, matrix.columns, s.steps, x, 1);
+    orthogonalise(matrix.rows, matrix.columns, s.steps, update, x, 1);
     const __m512 kept = _mm512_set1_ps(1 - s.lr * s.weight_decay);
     const __m512 step = _mm512_set1_ps(s.lr * reach(matrix.rows, matrix.columns));
     for_sixteens(n, 1, [&](int64_t i, __mmask16 which) {
