@@ -25,11 +25,16 @@ def cross_entropy_sum(
 
     hidden (..., D), weight (V, D), labels (...). `softcap` c maps logits to c tanh(logits / c) first.
 
-    On a GPU all logits are kept where they are few, which compiles and fuses well; else they are made in chunks.
+    On a GPU all logits are kept where they are few, which compiles and fuses well; else they are made in chunks. A
+    compiled model leaves its graph for this on a CPU: traced, each piece would be code of its own, minutes to compile.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if hidden.device.type == "cpu" or hidden.shape[0] * weight.shape[0] > WHOLE_LOGITS:
-        total: Tensor = _CrossEntropySum.apply(hidden, weight, labels, bias, softcap, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    on_cpu = hidden.device.type == "cpu"
+    if on_cpu or hidden.shape[0] * weight.shape[0] > WHOLE_LOGITS:
+        summed: Any = _CrossEntropySum.apply
+        if on_cpu:
+            summed = torch.compiler.disable(summed)  # type: ignore[no-untyped-call]
+        total: Tensor = summed(hidden, weight, labels, bias, softcap, torch.is_grad_enabled())
         return total
     logits = logits_of(hidden, weight, bias, softcap)
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")

@@ -7,7 +7,8 @@ import pytest
 from benchmarks.chaos import arena_in, differences, run_chaos
 
 KILLS = 8
-"""Each kind once, and one more: a minute and a half on two free cores; `python -m benchmarks.chaos --kills 100` is the long form."""
+"""Each kind once, and one more: a minute and a half on two free cores; the long form is
+`python -m benchmarks.chaos --kills 100`."""
 
 
 @pytest.mark.slow
