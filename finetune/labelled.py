@@ -33,7 +33,7 @@ class Labelled(Finetune):
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
         assert config.model is not None
-        self.frame = Frame(tokenizer, config.model)
+        self.frame = Frame(tokenizer, config.model, config.base.path)
 
     @property
     def columns(self) -> list[str]:

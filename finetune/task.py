@@ -141,22 +141,31 @@ class Finetune(LossTask):
         """Read the examples and settle what depends on them. Raises UserError naming file and line."""
         self.start = start
         data = self.config.data
-        train = list(self.rows(data.train))
+        train = self._rows_of(data.train)
+        self.section = self.learn(train)
         if data.valid is not None:
-            valid = list(self.rows(data.valid))
+            valid = self._rows_of(data.valid)
         else:  # by number and not by seed: runs of several seeds are judged by the same examples
             held = [mix(0x7E57, n) / MASK < data.held_out for n in range(len(train))]
             valid = [row for row, out in zip(train, held, strict=True) if out]
             train = [row for row, out in zip(train, held, strict=True) if not out]
         if not train or not valid:
-            name = data.train if not train or data.valid is None else data.valid
-            raise UserError(f"{name}: no examples{'' if train else ' to train on'}: give a file that has rows")
-        self.section = self.learn(train)
+            raise UserError(
+                f"{data.train}: data.held_out leaves {len(train)} rows to train on and {len(valid)} to judge by: "
+                "give more rows, or a file of its own as data.valid"
+            )
         for split, rows in (("train", train), ("valid", valid)):
             self.cut = []
             self.examples[split] = self.encode(rows)
             self.notes += self.told_of_cuts(split, len(rows))
         self.config = settled(self.config, self.section, len(self.examples["train"]), self.metric)
+
+    def _rows_of(self, source: str) -> list[Row]:
+        """All of a file's. Raises UserError where there is none."""
+        rows = list(self.rows(source))
+        if not rows:
+            raise UserError(f"{source}: no examples: give a file that has rows")
+        return rows
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -16,13 +16,14 @@ class Frame:
     Raises UserError when the tokenizer lacks one of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, section: ModelSection) -> None:
+    def __init__(self, tokenizer: Tokenizer, section: ModelSection, base: str | None) -> None:
         first = tokenizer.cls_id if section.name == "bert" else None
         end = tokenizer.sep_id if section.name == "bert" or tokenizer.eos_id is None else tokenizer.eos_id
         if end is None or (section.name == "bert" and first is None):
             needed = "[CLS] and [SEP]" if section.name == "bert" else "end-of-text token"
             raise UserError(
-                f"the tokenizer has no {needed}, which texts are framed with: choose another base or tokenizer"
+                f"{f'{base}: its' if base else 'the'} tokenizer has no {needed}, which texts are framed with: "
+                "choose another base or tokenizer"
             )
         self.begin: list[int] = [] if first is None else [first]
         self.end = end

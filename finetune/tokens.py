@@ -19,7 +19,7 @@ class PerToken(Finetune):
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
         assert config.model is not None
-        self.frame = Frame(tokenizer, config.model)
+        self.frame = Frame(tokenizer, config.model, config.base.path)
 
     def forward(self, model: nn.Module | Engine, batch: Batch) -> Tensor:
         """(R, C, K) outputs."""

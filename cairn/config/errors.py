@@ -79,7 +79,8 @@ def _mismatch(info: FieldInfo, got: Any) -> str:
     hint = ""
     words = [str(arg) for arg in getattr(info.annotation, "__args__", ())]
     if isinstance(got, str):
-        hint = close(got, [name_of(k) for k in sections(info)] if sections(info) else words)
+        kinds = [name_of(kind) for kind in sections(info)]
+        hint = f"; write {{name: {got}}}" if got in kinds else close(got, kinds or words)
     elif isinstance(got, float) and info.annotation in (int, int | None) and got.is_integer():
         hint = f"; write {int(got)}"
     elif info.annotation in (str, str | None) and isinstance(got, int | float | bool):

@@ -24,6 +24,11 @@ def sections(info: FieldInfo) -> list[type[Section]]:
     return [arm for arm in _arms(info.annotation) if isinstance(arm, type) and issubclass(arm, Section)]
 
 
+def optional(info: FieldInfo) -> bool:
+    """Whether the key may be empty."""
+    return NoneType in _arms(info.annotation)
+
+
 def field_of(kinds: Sequence[type[Section]], key: str) -> FieldInfo | None:
     """The field of that name in the first of the kinds that has it."""
     return next((kind.model_fields[key] for kind in kinds if key in kind.model_fields), None)

@@ -112,7 +112,9 @@ class FinetuneConfig(RunConfig):
             lacking = "model" if self.model is None else "tokenizer"
             raise ValueError(f"give base.path, a run or a transformers folder; or, from scratch, a {lacking} section")
         if self.base.path is not None and self.tokenizer is not None:
-            raise ValueError("tokenizer: base.path brings its own; leave the section out")
+            raise ValueError(
+                "base.path brings its own tokenizer and model: leave both sections out (tokenizer= model=)"
+            )
         if self.model is not None:
             check_kind(self.task, self.model)
         return self

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from cairn.config.base import Section
-from cairn.config.fields import field_of, sections
+from cairn.config.fields import field_of, optional, sections
 from cairn.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -115,7 +115,9 @@ def merge(base: Tree, over: Tree, kinds: Sequence[type[Section]]) -> Tree:
         if isinstance(old, dict) and isinstance(new, dict):
             merged[key] = merge(old, new, below)
         elif isinstance(old, dict) and below and isinstance(new, Value) and new.value is None:
-            continue  # a heading with nothing under it
+            if info is None or not optional(info):
+                continue  # a heading with nothing under it
+            merged[key] = new
         else:
             merged[key] = new
     return merged

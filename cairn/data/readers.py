@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Generator, Iterable, Iterator
@@ -35,6 +36,9 @@ def opened(path: str) -> Iterator[IO[bytes]]:
                 yield io.BufferedReader(reader)
             else:
                 yield file
+    except FileNotFoundError as error:
+        here = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+        raise UserError(f"{path}: no such file{here}: mend the path") from error
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 

@@ -12,6 +12,14 @@ from cairn.models.transformer import Transformer
 from cairn.ops.linear import Linear
 
 
+class Outputs(Linear):
+    """The last product, in fp32 whatever the model computes in: what bf16 rounds to one number has no order."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., D) -> (..., K)."""
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
 class Headed(Transformer):
     """Outputs of a text or of its tokens, as `transformers`' AutoModelForSequenceClassification and its kin give them.
 
@@ -25,7 +33,7 @@ class Headed(Transformer):
         self.kind = head.kind
         self.pooler = Pooler(encoder) if encoder and head.kind == "sequence" else None
         # GPT2ForSequenceClassification and its kin have no bias there.
-        self.head = Linear(section.d_model, head.n_out, bias=encoder is not None or head.kind == "token")
+        self.head = Outputs(section.d_model, head.n_out, bias=encoder is not None or head.kind == "token")
         self.initialize()
 
     def forward(

@@ -56,6 +56,7 @@ def told(tmp_path, monkeypatch):
             "schedule: {name: cosin}",
             "x.yaml:1: schedule.name: expected one of cosine, linear, wsd, constant, got 'cosin'; did you mean cosine?",
         ),
+        ("optim: muon", "x.yaml:1: optim: expected one of adamw, muon, got 'muon'; write {name: muon}"),
         ("optim: {name: mun}", "x.yaml:1: optim.name: expected one of adamw, muon, got 'mun'; did you mean muon?"),
         ("tokenizer: {name: file}", "x.yaml:1: tokenizer.path: missing; expected text"),
         ("data:\n  source:\n  - {weight: 2}", "x.yaml:3: data.source[0].source: missing; expected text"),

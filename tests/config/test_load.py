@@ -6,7 +6,7 @@ import pytest
 
 from cairn.config.load import dump, load, resolve
 from cairn.config.model import BERTSection, GPTSection
-from cairn.config.schema import PretrainConfig
+from cairn.config.schema import FinetuneConfig, PretrainConfig
 from cairn.config.train import AdamWSection, MuonSection
 from cairn.errors import UserError
 
@@ -108,6 +108,14 @@ def test_names_that_are_no_choice_replace_nothing(write):
 def test_a_heading_with_nothing_below_changes_nothing(write):
     write("base.yaml", "train: {steps: 5}")
     assert load(PretrainConfig, write("x.yaml", "extends: base.yaml\ntrain:\n")).train.steps == 5
+
+
+def test_an_optional_section_is_left_out_where_it_is_set_to_nothing(write):
+    path = write("x.yaml", "data: {train: t.tsv}\ntokenizer: {name: wordpiece}\nmodel: {name: bert}")
+    got = load(FinetuneConfig, path, ["base.path=runs/mine", "tokenizer=", "model="])
+    assert (got.base.path, got.tokenizer, got.model) == ("runs/mine", None, None)
+    with pytest.raises(UserError, match=r"brings its own .*tokenizer= model="):
+        load(FinetuneConfig, path, ["base.path=runs/mine"])
 
 
 def test_provenance(write):

@@ -162,7 +162,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes, me
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.csv: cannot be read"):
+    with pytest.raises(UserError, match=r"a\.csv: no such file: mend the path"):
         read(tmp_path / "a.csv")
 
 

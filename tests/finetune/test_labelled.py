@@ -185,6 +185,12 @@ def test_rare_classes_weigh_more_where_weights_are_balanced(
         ("text\tlabel\na b\tx\tz\n", [], r"line 2 has 3 columns .*, the header 2"),
         ("text\tlabel\na b\tx\na c\ty\n", ["task.name=regress"], r"line 2: label 'x' is no number"),
         ("text\tlabel\n", [], r"t\.tsv: no examples"),
+        (
+            "text\tlabel\na b\tx\na c\ty\n",
+            ["data.valid="],
+            r"held_out leaves \d rows to train on and \d to judge",
+        ),
+        ("text\tlabel\na b\tx\na c\tx\n", ["data.valid="], r"t\.tsv: one class"),
         ("text\tlabel\na b\tx\n" + "sea " * 90 + "\ty\n", ["data.too_long=error"], r"line 3: \d+ tokens, and \d+ fit"),
         ("text\tlabel\na b\tx\na c\ty\n", ["base.path=nowhere"], r"base\.path nowhere: neither a run folder"),
         (
@@ -203,6 +209,12 @@ def test_what_is_wrong_is_named(
     with pytest.raises(UserError, match=said) as found:
         make_task(config_of(tmp_path, *keys, *overrides), one)
     assert len(str(found.value).splitlines()) == 1
+
+
+def test_a_class_of_held_out_rows_alone_is_a_class(tmp_path: Path, one: Cluster, bases: dict[str, Path]) -> None:
+    (tmp_path / "t.tsv").write_text("text\tlabel\n" + "".join(f"a film\tL{n}\n" for n in range(30)))
+    task = make_task(config_of(tmp_path, f"data.train={tmp_path / 't.tsv'}", f"base.path={bases['bert']}"), one)
+    assert len(task.section.labels) == task.sizes["train"] + task.sizes["valid"] == 30
 
 
 def test_a_label_that_training_never_saw_is_named(tmp_path: Path, one: Cluster, bases: dict[str, Path]) -> None:

@@ -18,6 +18,7 @@ PARAMETERS = {
     "bert-large": 336_226_108,  # as BertForPreTraining
     "bert-tiny": 4_378_114,
     "gpt-1.3b": 1_315_819_520,
+    "gpt-books": 16_908_288,
     "gpt-tiny": 5_242_880,
     "gpt-tiny-classic": 4_273_664,
     "gpt2-124m": 124_475_904,  # GPT-2's 124,439,808 and 47 rows of padding

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cairn.config.finetune import Head
 from cairn.config.model import BERTSection, GPTSection
 from cairn.errors import UserError
 from cairn.models.build import build_model, count_parameters, flops_per_token
+from cairn.models.headed import Headed
 
 SMALL = {"n_layer": 2, "n_head": 4, "d_model": 32, "max_seq_len": 48}
 POSITIONS = ["learned", "sinusoidal", "t5", "rope", "alibi", "none"]
@@ -165,3 +167,12 @@ def test_bert_at_given_positions_is_bert_at_its_labels() -> None:
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert len(results[0]) > 20
     torch.testing.assert_close(*results)
+
+
+def test_outputs_of_a_task_are_finer_than_what_the_model_computes_in() -> None:
+    model = Headed(GPTSection(**SMALL), 200, Head("token", 1)).bfloat16()
+    outputs = model(ids(4, 16))
+    rounded = outputs.bfloat16().float()
+    assert outputs.dtype == torch.float32
+    assert (rounded != outputs).float().mean() > 0.9
+    torch.testing.assert_close(rounded, outputs, rtol=2**-8, atol=0)
