@@ -24,9 +24,9 @@ def sections(info: FieldInfo) -> list[type[Section]]:
     return [arm for arm in _arms(info.annotation) if isinstance(arm, type) and issubclass(arm, Section)]
 
 
-def optional(info: FieldInfo) -> bool:
+def optional(info: FieldInfo | None) -> bool:
     """Whether the key may be empty."""
-    return NoneType in _arms(info.annotation)
+    return info is not None and NoneType in _arms(info.annotation)
 
 
 def field_of(kinds: Sequence[type[Section]], key: str) -> FieldInfo | None:

@@ -114,10 +114,8 @@ def merge(base: Tree, over: Tree, kinds: Sequence[type[Section]]) -> Tree:
         below = sections(info) if info else []
         if isinstance(old, dict) and isinstance(new, dict):
             merged[key] = merge(old, new, below)
-        elif isinstance(old, dict) and below and isinstance(new, Value) and new.value is None:
-            if info is None or not optional(info):
-                continue  # a heading with nothing under it
-            merged[key] = new
+        elif isinstance(old, dict) and isinstance(new, Value) and new.value is None and below and not optional(info):
+            continue  # a heading with nothing under it
         else:
             merged[key] = new
     return merged
