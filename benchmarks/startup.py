@@ -8,14 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from benchmarks.rounds import median_range
+from benchmarks.survive import CONFIG, overrides, worker
 
 ROUNDS = 9
 STARTS = 3
 """Rounds of what takes longer."""
-CONFIG = "configs/pretrain/gpt-tiny.yaml"
 COMMANDS = {
     "cairn --help": ["-m", "launch.cli", "--help"],
     "cairn pretrain --help": ["-m", "launch.cli", "pretrain", "--help"],
@@ -26,8 +25,8 @@ COMMANDS = {
     "import deepspeed": ["-c", "import deepspeed"],
 }
 TRAINING = {
-    "cairn pretrain, to its first step": [],
-    "cairn pretrain engine.compile=true, to its first step": ["engine.compile=true"],
+    "pretrain CONFIG, to its first step": [],
+    "pretrain CONFIG engine.compile=true, to its first step": ["engine.compile=true"],
 }
 
 
@@ -38,33 +37,23 @@ def answered(arguments: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def first_step(overrides: list[str]) -> float:
-    """Seconds from the command to the row of its first step, after which it is killed."""
-    quiet = ["train.log_every=1", "train.eval_every=0", "track.progress=false"]
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
-        command = [sys.executable, "-m", "launch.cli", "pretrain", CONFIG, f"run.dir={folder}", *quiet, *overrides]
-        start = time.perf_counter()
-        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
-            try:
-                while not any(b'"loss"' in path.read_bytes() for path in Path(folder).glob("*/metrics.jsonl")):
-                    if process.poll() is not None:
-                        raise SystemExit(f"{' '.join(command)} ended:\n{(Path(folder) / 'log').read_text()[-2000:]}")
-                    time.sleep(0.01)
-                return time.perf_counter() - start
-            finally:
-                process.kill()
+def first_step(*more: str) -> float:
+    """Seconds from the start of a process that trains to the row of its first step, after which it ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        parts = worker("restart", overrides(folder, *more))
+    return float(parts["in all, to the first new row"])
 
 
 def main() -> None:
     """The table."""
-    for overrides in TRAINING.values():
-        first_step(overrides)  # fills what is kept
+    for more in TRAINING.values():
+        first_step(*more)  # fills what is kept
     times: dict[str, list[float]] = {name: [] for name in (*COMMANDS, *TRAINING)}
     for turn in range(ROUNDS):
         for name, arguments in COMMANDS.items():
             times[name].append(answered(arguments))
-        for name, overrides in TRAINING.items() if turn < STARTS else ():
-            times[name].append(first_step(overrides))
+        for name, more in TRAINING.items() if turn < STARTS else ():
+            times[name].append(first_step(*more))
     print("| command | seconds, median (range) |\n| --- | --- |")
     for name, seconds in times.items():
         print(f"| `{name}` | {median_range(seconds, '.3f')} |")

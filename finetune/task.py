@@ -149,11 +149,11 @@ class Finetune(LossTask):
             held = [mix(0x7E57, n) / MASK < data.held_out for n in range(len(train))]
             valid = [row for row, out in zip(train, held, strict=True) if out]
             train = [row for row, out in zip(train, held, strict=True) if not out]
-        if not train or not valid:
-            raise UserError(
-                f"{data.train}: data.held_out leaves {len(train)} rows to train on and {len(valid)} to judge by: "
-                "give more rows, or a file of its own as data.valid"
-            )
+            if not train or not valid:
+                raise UserError(
+                    f"{data.train}: data.held_out leaves {len(train)} rows to train on and {len(valid)} to judge by: "
+                    "give more rows, or a file of its own as data.valid"
+                )
         for split, rows in (("train", train), ("valid", valid)):
             self.cut = []
             self.examples[split] = self.encode(rows)

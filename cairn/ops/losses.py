@@ -32,7 +32,7 @@ def cross_entropy_sum(
     on_cpu = hidden.device.type == "cpu"
     if on_cpu or hidden.shape[0] * weight.shape[0] > WHOLE_LOGITS:
         summed: Any = _CrossEntropySum.apply
-        if on_cpu:
+        if on_cpu and torch.compiler.is_compiling():
             summed = torch.compiler.disable(summed)  # type: ignore[no-untyped-call]
         total: Tensor = summed(hidden, weight, labels, bias, softcap, torch.is_grad_enabled())
         return total
