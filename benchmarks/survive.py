@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,16 +39,24 @@ def overrides(folder: str, *more: str) -> list[str]:
 def work_save(argv: list[str]) -> None:
     """Train, and print how long the loop stood still for each save (s) and how long each step took."""
     from cairn.train.checkpoint import CheckpointStore
+    from cairn.train.engine import Engine
 
     stalls: list[float] = []
-    save = CheckpointStore.save
+    save, copied = CheckpointStore.save, Engine.copied
 
     def timed(*args: Any) -> None:
         begin = time.perf_counter()
         save(*args)
         stalls.append(time.perf_counter() - begin)
 
-    CheckpointStore.save = timed  # type: ignore[method-assign]
+    def waited(engine: Engine) -> None:
+        """The next step's wait for copies belongs to the save before it; the writing thread's does not."""
+        begin = time.perf_counter()
+        copied(engine)
+        if stalls and threading.current_thread() is threading.main_thread():
+            stalls[-1] += time.perf_counter() - begin
+
+    CheckpointStore.save, Engine.copied = timed, waited  # type: ignore[method-assign]
     pretrain(argv)
     (folder,) = (Path(word.removeprefix("run.dir=")) for word in argv if word.startswith("run.dir="))
     rows = [row for row in parse_rows(next(folder.glob("*/metrics.jsonl"))) if "step_seconds" in row]

@@ -17,6 +17,8 @@ from cairn.ops.activations import activate
 
 SHORT_SUM = 768
 """Inputs up to which our product is the faster one, if there is a bias or the result is wide."""
+FEW = 32
+"""Rows up to which it is where nothing is trained, as when a text is generated."""
 FUSED = ("none", "gelu", "gelu_tanh", "relu", "relu2")
 """Activations that our kernels know, in their order."""
 
@@ -33,11 +35,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     """x (..., K), weight (N, K), bias (N,) -> (..., N)."""
     y: Tensor
     fits = x.shape[-1] == weight.shape[1]  # else PyTorch says so
-    if not (fits and torch.is_grad_enabled() and weight.requires_grad and native.runs(x, weight, bias)):
+    if fits and torch.is_grad_enabled() and weight.requires_grad and native.runs(x, weight, bias):
+        y = _Linear.apply(x, weight, bias, activation or "none")  # type: ignore[no-untyped-call]
+        return y
+    few = fits and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW
+    if few and native.usable(x, weight, bias):
+        y = _out(x, weight)
+        _linear(x, weight, bias, y, None, "none")
+    else:
         y = F.linear(x, weight, bias)
-        return y if activation is None else activate(y, activation)
-    y = _Linear.apply(x, weight, bias, activation or "none")  # type: ignore[no-untyped-call]
-    return y
+    return y if activation is None else activate(y, activation)
 
 
 class _Linear(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cairn.ops import native
-from cairn.ops.linear import SHORT_SUM, product, weight_gradient
+from cairn.ops.linear import SHORT_SUM, linear, product, weight_gradient
 
 IGNORE = -100
 PRODUCT_BYTES = 256 * 2**20  # logits kept at once on a CPU
@@ -42,7 +42,7 @@ def cross_entropy_sum(
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
     """Scores of every token: (..., D) -> (..., V)."""
-    logits = F.linear(hidden, weight, bias)
+    logits = linear(hidden, weight, bias)
     return logits if softcap is None else (logits.float() / softcap).tanh().mul(softcap).to(logits.dtype)
 
 

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,9 +32,11 @@ from torch import Tensor
 
 from cairn.errors import QuietError, UserError
 from cairn.train import parts
-from cairn.train.folder import disk_errors, fsync_folder, write_atomically
+from cairn.train.folder import disk_errors, free_name, fsync_folder, write_atomically
 from cairn.train.tensorfile import Damaged, check_space, verify
 
+Tensors = Iterable[tuple[str, Tensor]]
+Wait = Callable[[], None]
 FORMAT = 1
 STATE = "state.json"
 
@@ -121,6 +123,7 @@ class CheckpointStore:
         """
         self.root, self.rank, self.world_size = root, rank, world_size
         self.keep_last, self.keep_every, self.patience_s = keep_last, keep_every, patience_s
+        self.background = background
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[None] | None = None
         self._abandoned = threading.Event()
@@ -153,12 +156,12 @@ class CheckpointStore:
                 for given_up in self.root.glob(".tmp-*"):
                     shutil.rmtree(given_up, ignore_errors=True)
 
-    def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any], filled: Wait = lambda: None) -> None:
         """Write a checkpoint; every rank calls this with the tensors it owns. Rank 0's state (JSON) is kept.
 
         `tensors` is always read to its end before this returns, so it may be a collective generator. They are written
-        later when in the background: nobody may change them any more. When a rank cannot write, `trouble` says so and
-        the next `wait` raises; until then nothing more is written. Earlier checkpoints stay as they are.
+        later when in the background, once `filled` has returned: nobody may change them any more. When a rank cannot
+        write, `trouble` says so and the next `wait` raises; until then nothing more is written. Earlier ones stay.
         """
         self.last_step = step
         failed = self._settled()
@@ -170,12 +173,12 @@ class CheckpointStore:
         elif self._pool is not None:
             snapshot = list(tensors)
             frozen = json.loads(json.dumps(state))  # the caller may change its state while we write
-            self._pending = self._pool.submit(self._write, step, snapshot, frozen)
+            self._pending = self._pool.submit(self._write, step, snapshot, frozen, filled)
         else:
             done: Future[None] = Future()
             rest = iter(tensors)
             try:
-                self._write(step, rest, state)
+                self._write(step, rest, state, filled)
                 done.set_result(None)
             except UserError as error:
                 done.set_exception(error)
@@ -214,7 +217,7 @@ class CheckpointStore:
         """
         checkpoint, damaged = newest(self.root, verified=verify)
         for path in damaged:
-            path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
+            path.rename(free_name(path.with_name(f"damaged-{path.name}")))
         return checkpoint
 
     def open(self, step: int) -> Checkpoint:
@@ -224,8 +227,9 @@ class CheckpointStore:
         except Damaged as error:
             raise UserError(f"rank {self.rank} cannot open the checkpoint of step {step}: {error}") from error
 
-    def _write(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: Tensors, state: dict[str, Any], filled: Wait) -> None:
         folder, start = self._folder(step), time.perf_counter()
+        filled()
         try:
             self.root.mkdir(exist_ok=True)  # not its parents: a run folder that has gone has taken config.yaml along
             folder.mkdir(exist_ok=True)
@@ -280,7 +284,7 @@ class CheckpointStore:
             if step != self.best and (not self.keep_every or step % self.keep_every):
                 # Renamed first, so that a kill halfway leaves no folder that looks like a damaged checkpoint.
                 path = folder_of(self.root, step)
-                doomed = path.rename(_free_name(path.with_name(f".tmp-pruned-{path.name}")))
+                doomed = path.rename(free_name(path.with_name(f".tmp-pruned-{path.name}")))
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -291,15 +295,6 @@ def _size_of_last(root: Path) -> int:
     except (IndexError, Damaged):
         return 0
     return sum(entry["bytes"] for entry in files.values())
-
-
-def _free_name(path: Path) -> Path:
-    """The path, or the first of path-2, path-3, ... that does not exist."""
-    taken, count = path, 1
-    while taken.exists():
-        count += 1
-        taken = path.with_name(f"{path.name}-{count}")
-    return taken
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Engine:
         """Whether the last step was left out because its gradient was not finite; the same on every rank."""
         self.overflowed = False
         """Whether it was, in fp16, with a loss scale that can still fall, which may mend it."""
+        self._copier, self._copies = ThreadPoolExecutor(1, "copies"), list[Future[None]]()
         self._clip, self._stage, self._offload = optim.grad_clip, effective_stage(engine), engine.offload != "none"
         self._world_size = cluster.world_size
         native.allow(engine.kernels == "auto")
@@ -155,6 +157,7 @@ class Engine:
 
         A gradient that is not finite leaves everything as it was and sets `skipped`.
         """
+        self.copied()
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         if self._stage == 0:
@@ -184,9 +187,20 @@ class Engine:
             dist.all_reduce(bad)
         return not bad.item()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """COLLECTIVE: every named tensor, whole, on the CPU, at the one rank that owns it; see NamedState.tensors."""
-        return self._state.tensors()
+    def tensors(self, later: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """COLLECTIVE: every named tensor, whole, on the CPU, at the one rank that owns it; see NamedState.tensors.
+
+        With `later` a thread fills them while the next step computes its gradient (CheckFreq, Mohan et al., FAST 2021):
+        they hold after `copied`.
+        """
+        self.copied()
+        self._copies = []
+        return self._state.tensors(self._copy_later) if later else self._state.tensors()
+
+    def copied(self) -> None:
+        """Wait for the copies that `tensors` makes later; a step and a load do, before they change anything."""
+        for copy in self._copies:
+            copy.result()
 
     @property
     def partitioned(self) -> bool:
@@ -205,6 +219,7 @@ class Engine:
 
         Raises UserError naming a tensor that is missing or of another shape.
         """
+        self.copied()
         self._state.write(read)
         self._refresh()
 
@@ -229,6 +244,9 @@ class Engine:
         if self._world_size > 1:
             for buffer in self._state.buffers().values():
                 dist.broadcast(buffer, src=0)
+
+    def _copy_later(self, to: Tensor, source: Tensor) -> None:
+        self._copies.append(self._copier.submit(_copy, to, source))
 
     def _replicated_step(self) -> None:
         """Stage 0: DeepSpeed would neither report the norm nor notice that it is not finite."""
@@ -267,6 +285,10 @@ class Engine:
     @property
     def _scale_share(self) -> int:
         return self._world_size if self._stage == 3 else 1
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    to.copy_(source)  # and nothing is returned, which would keep the copy alive
 
 
 def _import_deepspeed() -> Any:

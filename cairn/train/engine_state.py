@@ -129,11 +129,12 @@ class NamedState:
             elif "step" in state:
                 state["step"] = step
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, copy: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Iterator[tuple[str, Tensor]]:
         """COLLECTIVE, every rank to the end: each tensor whole, on the CPU, fp32, at the one rank that owns it.
 
         Copies, which training does not touch; some share memory with each other. Runs are added as integers into zeros,
-        which keeps every bit (the sum -0.0 + 0.0 would not).
+        which keeps every bit (the sum -0.0 + 0.0 would not). `copy(to, run)` makes those that need no other rank; it
+        may do so later.
         """
         for bucket in self._buckets(self._entries()):
             owner = bucket[0].owner
@@ -145,7 +146,7 @@ class NamedState:
             gathered = make(size, dtype=torch.float32, device=device)
             parts = [(at + start, run) for at, e in zip(begins, bucket, strict=True) for start, run in e.parts]
             for start, run in _joined(parts):
-                _run(gathered, start, run.numel()).copy_(run)
+                (copy if whole else Tensor.copy_)(_run(gathered, start, run.numel()), run)
             if not whole:
                 dist.reduce(gathered.view(torch.int32), dst=owner)
             if self.rank == owner:

@@ -206,3 +206,12 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    taken, count = path, 1
+    while taken.exists():
+        count += 1
+        taken = path.with_name(f"{path.name}-{count}")
+    return taken

@@ -32,6 +32,7 @@ from cairn.train.peak import matmul_peak
 from cairn.train.pending import Pending
 from cairn.train.select import Selection
 from cairn.train.signals import Stopped, StopSignal
+from cairn.train.snapshot import Snapshot
 from cairn.train.speed import Speed
 from cairn.train.task import Task
 from cairn.train.track import Tracker
@@ -73,8 +74,7 @@ class Trainer:
         """What the loop waited for the last save."""
         self.stopped = False
         """Whether all ranks agreed to stop before the end."""
-        self.pending = Pending()
-        self.metrics: dict[str, float] = {}
+        self.pending, self.metrics = Pending(), dict[str, float]()
 
     def run(self) -> Outcome:
         """All of it, with the run folder locked, signals heard and ranks watched over."""
@@ -304,8 +304,8 @@ class Trainer:
             **self.deadline.state(),
             "engines": {name: engine.scalars() for name, engine in self.engines.items()},
         }
-        tensors = ((f"{name}/{key}", value) for name, engine in self.engines.items() for key, value in engine.tensors())
-        self.store.save(self.step, tensors, state)
+        snapshot = Snapshot(self.engines, later=self.store.background)
+        self.store.save(self.step, snapshot, state, snapshot.filled)
         self.saved = self.step
         self.stall_seconds = time.perf_counter() - start
         self.speed.mark()

@@ -112,6 +112,23 @@ def test_linear(
 
 
 @needs_amx
+@pytest.mark.parametrize(("n", "k", "with_bias"), [(1000, 96, True), (32, 32, False), (31, 64, True), (70, 50, True)])
+def test_few_rows_where_nothing_is_trained(n: int, k: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(32, k).bfloat16(), (torch.randn(n, k) * 2 / k**0.5).bfloat16()
+    bias = torch.randn(n).bfloat16() if with_bias else None
+    exact = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    with torch.no_grad():
+        ours = linear(x, weight, bias)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "available", lambda: False)
+            theirs = linear(x, weight, bias)
+        assert error(ours, exact) <= 1.1 * error(theirs, exact)
+        for rows in (1, 5, 17) if n >= 32 and k % 32 == 0 else ():  # the row's numbers do not depend on those beside it
+            assert torch.equal(linear(x[None, :rows], weight, bias)[0], ours[:rows])
+
+
+@needs_amx
 def test_activations_of_extreme_numbers() -> None:
     x = torch.tensor([0.0, -0.0, 1e-30, 3.0, 9.0, 200.0, 1e30, float("nan")])
     x = torch.cat([x, -x])[:, None]

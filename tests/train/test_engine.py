@@ -1,6 +1,7 @@
 """The engine on one process, and on two at stage 1. The whole matrix is in test_engine_matrix.py."""
 
 import copy
+from threading import Event
 
 import pytest
 import torch
@@ -169,6 +170,25 @@ def test_tensors_are_those_of_their_moment(stage: int) -> None:
     train(engine, range(1, 3))  # a save in the background may write them only now
     assert not differing(kept, before)
     assert differing(kept, dict(engine.tensors()))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("change", ["step", "load"])
+def test_what_is_copied_later_is_of_its_moment(stage: int, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(stage)
+    start = everything(engine)
+    train(engine, range(1))
+    expected = everything(engine)
+    gate, copied = Event(), engine.copied
+    engine._copier.submit(gate.wait)  # a copier that takes its time: until somebody waits for it
+    kept = dict(engine.tensors(later=True))
+    monkeypatch.setattr(engine, "copied", lambda: (gate.set(), copied()))
+    try:
+        train(engine, range(1, 2)) if change == "step" else engine.load(start.get)
+    finally:
+        gate.set()
+    assert differing(everything(engine), expected)
+    assert not differing(kept, expected)
 
 
 def test_load_names_what_is_missing_or_misshaped() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
-SOURCES = ("kernels.cpp", "adamw.h", "attention.h", "gemm.h", "elementwise.h", "muon.h", "rows.h", "amx.h")
+SOURCES = ("kernels.cpp", "adamw.h", "attention.h", "few.h", "gemm.h", "elementwise.h", "muon.h", "rows.h", "amx.h")
 FLAGS = [  # -w: g++ 12 warns of its own headers
     *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw"),
     *("-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),

@@ -3,6 +3,7 @@
 
 #include "adamw.h"
 #include "attention.h"
+#include "few.h"
 #include "gemm.h"
 #include "muon.h"
 #include "rows.h"
@@ -26,8 +27,9 @@ void cairn_attention_backward(const Shape* shape, const Rows* q, const Rows* k, 
 void cairn_linear(int64_t M, int64_t N, int64_t K, const bf16* x, int64_t x_stride, const bf16* weight,
                   int64_t weight_stride, const bf16* bias, bf16* c, bf16* activated, int64_t activation,
                   int64_t threads) {
-  gemm(M, N, K, {x, x_stride, 0}, {weight, weight_stride, 1}, c, {.bias = bias, .activated = activated, .activation = Activation(activation)},
-       threads);
+  if (!activated && has_few_rows(M, N, K)) few_rows(M, N, K, x, x_stride, weight, weight_stride, bias, c, threads);
+  else gemm(M, N, K, {x, x_stride, 0}, {weight, weight_stride, 1}, c, {.bias = bias, .activated = activated, .activation = Activation(activation)},
+            threads);
 }
 
 // The gradient (N, K) of a weight, and (N) of its bias if that is not null, from x (M, K) and the gradient (M, N) of the
