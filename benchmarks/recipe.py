@@ -1,12 +1,14 @@
 """What each ingredient of the `modern` recipe gains: the recipe whole, without each one, and beside `classic`.
 
     python -m benchmarks.recipe RESULTS.json [--size tiny|10m|30m] [--source FILES] [--rates 0.5,1,2] [--seeds 1,2,3]
-                                             [--lines classic,modern] [--plot FILE.svg]
+                                             [--lines 'classic;modern'] [--plot FILE.svg] [--speed ROUNDS]
 
 Every line sees the same samples in the same order, and has its learning rates, times each of `rates`, tried with the
 first seed; the best is used for all seeds. `modern, 0.7 of the tokens` is a whole run of its own, whose rate has
 decayed: where it is ahead of `classic`, the recipe needs at most 0.7 times the tokens. What is measured is kept in
 RESULTS.json and not measured again, so that a call that was cut short goes on. The table is of all that it holds.
+
+`--speed` times a step of `classic` and of `modern` in turn, which says what equal tokens are in time.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ours import Shape, logged
+from benchmarks.rounds import median_range
 from cairn.config.load import load
 from cairn.config.schema import PretrainConfig
 
@@ -62,16 +65,36 @@ Curve = list[tuple[int, float]]
 """Steps done, and the held-out loss (nats a token) after them."""
 
 
+def keys_of(size: str, source: str | None) -> list[str]:
+    """Overrides that every run of a size has."""
+    shape = SIZES[size][0]
+    vocabulary = f"tokenizer.vocab_size={shape.vocab_size}"
+    corpus = [f"data.source={source}"] if source else []
+    return [*shape.overrides(), vocabulary, *corpus, "track.progress=false", "checkpoint.every=0"]
+
+
+def speed(size: str, source: str | None, rounds: int) -> str:
+    """Seconds of a step, medians over rounds of the medians of 20 steps."""
+    keys = [*keys_of(size, source), "train.steps=24", "train.log_every=1", "train.eval_every=0", "train.eval_samples=8"]
+    times: dict[str, list[float]] = {CLASSIC: [], MODERN: []}
+    for _ in range(rounds):
+        for config, found in times.items():
+            steps = [row["step_seconds"] for row in logged(config, keys) if "step_seconds" in row]
+            found.append(statistics.median(steps[4:]))
+    classic, modern = times.values()
+    ratio = statistics.median(modern) / statistics.median(classic)
+    spans = f"classic {median_range(classic, '.3f')} s, modern {median_range(modern, '.3f')} s"
+    return f"a step of {size}: {spans}, {ratio:.2f} times as long"
+
+
 def trained(line: Line, size: str, rate: float, seed: int, source: str | None) -> Curve:
     """A run whose learning rates are `rate` times those of its config, evaluated each tenth of its steps."""
-    shape, whole = SIZES[size]
-    steps = round(whole * line.share)
+    steps = round(SIZES[size][1] * line.share)
     optim = load(PretrainConfig, Path(line.config), list(line.overrides)).optim
-    keys = [*shape.overrides(), *line.overrides, f"tokenizer.vocab_size={shape.vocab_size}", f"seed={seed}"]
+    keys = [*keys_of(size, source), *line.overrides, f"seed={seed}"]
     keys += [f"optim.{key}={getattr(optim, key) * rate}" for key in ("lr", "adam_lr") if hasattr(optim, key)]
     keys += [f"train.steps={steps}", f"train.eval_every={steps // 10}", f"schedule.warmup_steps={steps // 20}"]
-    keys += ["track.progress=false", "checkpoint.every=0", "train.eval_samples=512"]
-    keys += [f"data.source={source}"] if source else []
+    keys += ["train.eval_samples=512"]
     return [(row["step"], row["valid/loss"]) for row in logged(line.config, keys) if "valid/loss" in row]
 
 
@@ -185,7 +208,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--lines", help="names of lines, ';' between them; by default all")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="measure this instead")
     args = parser.parse_args()
+    if args.speed:
+        print(speed(args.size, args.source, args.speed))
+        return
     results = Results(args.results, {"size": args.size, "source": args.source})
     measure(args, results)
     print(table(results))
