@@ -89,7 +89,7 @@ def call(name: str, *args: Tensor | ctypes.Structure | ctypes.Array[Any] | int |
     Tensors are given by address, structures by reference, numbers as 64 bits, None as the null pointer.
     """
     if active_fake_mode() is None:
-        library()[name](*map(_argument, args))
+        getattr(library(), name)(*map(_argument, args))  # which keeps it; [name] would look it up again
 
 
 def _argument(x: Tensor | ctypes.Structure | ctypes.Array[Any] | int | None) -> Any:
