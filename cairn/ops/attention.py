@@ -64,7 +64,7 @@ def obstacle(
     if backend == "flex" and on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "FlexAttention has no backward pass on a CPU"
     if backend == "amx":
-        return amx.obstacle(q, k, mask, bias, dropout)
+        return amx.obstacle(q, k, mask, bias)
     if backend == "blocked" and not on_cpu:
         return f"it is made for CPUs, and this is {q.device.type}"
     return None
@@ -85,7 +85,7 @@ def choose(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None, dropout: float
             return "sdpa", f"FlexAttention's kernel needs heads of {FLEX_HEAD_DIM} or wider"
         return "flex", "it skips what a window or documents hide"
     if q.device.type == "cpu" and t > 1:
-        if amx.obstacle(q, k, mask, bias, dropout) is None:
+        if amx.obstacle(q, k, mask, bias) is None:
             return "amx", "our kernels for this CPU"
         if b * h * t * s * q.element_size() <= PROBS_BYTES:
             return "blocked", "made for CPUs, and the probabilities of a layer fit"

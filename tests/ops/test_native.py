@@ -78,20 +78,68 @@ def test_attention(mask: str, h: int, kv: int, t: int, s: int, d: int, monkeypat
     assert_close(lambda q, k, v: attention(q, k, v, MASKS[mask](t, s)), tensors, monkeypatch)
 
 
+def dropped(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rate: float = 0.3) -> Tensor:
+    """Attention with dropout, the same at each call."""
+    torch.manual_seed(7)
+    return attention(q, k, v, mask, dropout=rate, backend="amx")
+
+
+@needs_amx
+@pytest.mark.parametrize("mask", ["causal window", "documents"])
+def test_attention_with_dropout(mask: str) -> None:
+    """Values that are the unit vectors show what was dropped; with that told, it is plain attention."""
+    torch.manual_seed(0)
+    n, rate, seen = 130, 0.3, MASKS[mask](130, 130)
+    q, k, v = (torch.randn(2, n, heads, 144).transpose(1, 2) for heads in (4, 2, 2))
+    units = torch.eye(n, 144).bfloat16().expand(2, 2, n, 144)
+    kept = dropped(q.bfloat16() * 0, k.bfloat16() * 0, units, seen)[..., :n] != 0  # (B, H, T, S)
+    dense = seen.dense(slice(0, n), slice(0, n), q.device)
+    assert dense is not None
+    assert abs(float(kept.sum() / dense.expand_as(kept).sum()) - (1 - rate)) < 0.01
+
+    def told(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        probs = (q @ k.mT / 12).masked_fill(~dense, -1e9).softmax(-1) * dense
+        return (probs * kept / (1 - rate)) @ v
+
+    exact = gradients(told, [q, k, v], torch.float32)
+    for mine, expected in zip(
+        gradients(lambda q, k, v: dropped(q, k, v, seen), [q, k, v], torch.bfloat16), exact, strict=True
+    ):
+        assert error(mine, expected) < 0.01
+
+
+@needs_amx
+def test_dropout_is_drawn_for_each_probability_alone() -> None:
+    n = 256
+    x, units = torch.zeros(1, 4, n, n).bfloat16(), torch.eye(n).bfloat16().expand(1, 4, n, n)
+    torch.manual_seed(0)
+    first, second = ((attention(x, x, units, Mask(), dropout=0.5, backend="amx") != 0).double() for _ in range(2))
+    deviation = 0.5 / (4 * n * n) ** 0.5
+    for a, b in (
+        (first, second),  # of one call and the next
+        (first.roll(1, 1), first),  # of one head and the next
+        *((first.roll(by, dim), first) for dim in (2, 3) for by in (1, 2, 16, 32)),  # of queries and of keys
+    ):
+        assert abs(float(((a - 0.5) * (b - 0.5)).mean())) < 4.5 * deviation * 0.5
+    for dim in (2, 3):  # no row and no column is favoured: chi-square of the sums
+        sums = first.sum(dim)
+        assert abs(float(((sums - n / 2) ** 2 / (n / 4)).mean()) - 1) < 4.5 * (2 / sums.numel()) ** 0.5
+
+
 @needs_amx
 def test_what_attention_in_ranges_cannot_do_is_left_to_others_or_refused_with_the_reason() -> None:
     q = torch.randn(1, 2, 6, 16).bfloat16()
     mixed = Mask(document_ids=torch.tensor([[0, 1, 0, 1, 0, 1]]))
     holes = Mask(key_padding=torch.tensor([[True, False, True, True, True, True]]))
-    for mask, bias, dropout, why in (
-        (mixed, None, 0.0, "not one range of keys"),
-        (holes, None, 0.0, "not one range of keys"),
-        (Mask(), torch.zeros(1, 2, 6, 6), 0.0, "no bias"),
-        (Mask(), None, 0.1, "no dropout"),
+    for mask, bias, why in (
+        (mixed, None, "not one range of keys"),
+        (holes, None, "not one range of keys"),
+        (Mask(), torch.zeros(1, 2, 6, 6), "no bias"),
     ):
-        assert choose(q, q, mask, bias, dropout)[0] == "blocked"
+        assert choose(q, q, mask, bias, 0.0)[0] == "blocked"
         with pytest.raises(UserError, match=why):
-            attention(q, q, q, mask, bias, dropout, backend="amx")
+            attention(q, q, q, mask, bias, backend="amx")
     with pytest.raises(UserError, match="made for bf16 on CPUs, and this is float32"):
         attention(*[q.float()] * 3, Mask(), backend="amx")
 
@@ -208,6 +256,7 @@ def test_a_result_does_not_depend_on_the_number_of_threads() -> None:
         return [
             *gradients(lambda x, w, b: linear(x, w, b, "gelu"), [x, weight, bias], torch.bfloat16),
             *gradients(lambda q: attention(q, q, q, Mask(causal=True), backend="amx"), [q], torch.bfloat16),
+            *gradients(lambda q: dropped(q, q, q, Mask(causal=True)), [q], torch.bfloat16),
             *gradients(lambda x, w, b: norm(x, Scale(w, b, 1e-5, True)), [x, *scale], torch.bfloat16),
             *gradients(lambda x, w: cross_entropy_sum(x, w, labels), [x, weight], torch.bfloat16),
             norms([x]),

@@ -13,7 +13,39 @@ struct Shape {
   int64_t B, H, Hkv, T, S, D;
   int64_t range_stride;  // T where each sequence has its own ranges, else 0
   float scale;
+  float dropout;  // of the probabilities
   int64_t threads;
+};
+
+// Drops probabilities by a hash of the seed, their row and their key, so that the backward pass finds the same ones.
+class Dropout {
+ public:
+  Dropout(const int64_t* seed, float rate)
+      : seed_(seed ? *seed : 0), least_(_mm512_set1_epi32(int32_t(uint32_t(rate * 4294967296.0)))), some_(seed != nullptr) {}
+
+  void begin(uint64_t row) {  // splitmix64 (Steele, Lea and Flood, OOPSLA 2014)
+    uint64_t z = seed_ + (row + 1) * 0x9E3779B97F4A7C15;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    z ^= z >> 31;
+    low_ = _mm512_set1_epi32(int32_t(z)), high_ = _mm512_set1_epi32(int32_t(z >> 32));
+  }
+  // Which of sixteen keys from j on are kept in the row; the mixing is MurmurHash3's, of 32 bits.
+  __mmask16 kept(int64_t j) const {
+    if (!some_) return 0xFFFF;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i x = _mm512_xor_si512(_mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(j))), low_);
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32(int32_t(0x85EBCA6B)));
+    x = _mm512_add_epi32(x, high_);
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 13)), _mm512_set1_epi32(int32_t(0xC2B2AE35)));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    return _mm512_cmpge_epu32_mask(x, least_);
+  }
+
+ private:
+  uint64_t seed_;
+  __m512i least_, low_, high_;
+  bool some_;
 };
 
 // Rows of a head into a dense, zero-padded matrix (rows, width). They lie far apart, where no hardware looks ahead.
@@ -58,15 +90,16 @@ inline Span span(const int32_t* low, const int32_t* high, int64_t begin, int64_t
   return {start / 32 * 32, round_up(stop, 32)};
 }
 
-// Tensors are (B, H, T, D); ranges (B or 1, T).
-void attention_forward(const Shape& s, const Rows& q, const Rows& k, const Rows& v, const int32_t* low, const int32_t* high, const Rows& out,
-                       float* lse) {
+// Tensors are (B, H, T, D); ranges (B or 1, T); the seed is of dropout, null without it.
+void attention_forward(const Shape& s, const Rows& q, const Rows& k, const Rows& v, const int32_t* low, const int32_t* high, const int64_t* seed,
+                       const Rows& out, float* lse) {
   const int64_t Sp = round_up(s.S, 32), Dp = round_up(s.D, 32), ld = Sp + 16, ldp = ld + 16;
   const __m512 c = _mm512_set1_ps(s.scale * kLog2E);
 #pragma omp parallel num_threads(s.threads)
   {
     FlushToZero flush;
     Tiles tiles;
+    Dropout dropout(seed, s.dropout);
     Buffer<bf16> dense(Sp * Dp), qb(kRows * Dp), p(kRows * ldp);
     Buffer<pair> kt(Dp / 2 * ld), vp(Sp / 2 * Dp);
     Buffer<float> scores(kRows * ld), o(kRows * Dp);
@@ -96,15 +129,16 @@ void attention_forward(const Shape& s, const Rows& q, const Rows& k, const Rows&
           const float m = _mm512_reduce_max_ps(top) * s.scale * kLog2E;
           const __m512 shift = _mm512_set1_ps(m);
           __m512 total = _mm512_setzero_ps();
+          dropout.begin((b * s.H + h) * s.T + begin + i);
           for (int64_t j = 0; j < keys.size(); j += 16) {
             const __mmask16 which = within(l - j, u - j);
             __m512 e = _mm512_setzero_ps();
             if (which) e = _mm512_maskz_mov_ps(which, exp2(_mm512_fmsub_ps(_mm512_load_ps(row + j), c, shift)));
             total = _mm512_add_ps(total, e);
-            store(p + i * ldp + j, e);
+            store(p + i * ldp + j, _mm512_maskz_mov_ps(dropout.kept(keys.start + j), e));
           }
           const float sum = _mm512_reduce_add_ps(total);
-          inverse[i] = l < u ? 1 / sum : 0;
+          inverse[i] = l < u ? 1 / (sum * (1 - s.dropout)) : 0;
           if (real) lse[(b * s.H + h) * s.T + begin + i] = l < u ? m + std::log2(sum) : INFINITY;
         }
         product(rows, Dp, keys.size(), p, ldp, vp + keys.start / 2 * Dp, Dp, o, Dp, false);
@@ -117,14 +151,15 @@ void attention_forward(const Shape& s, const Rows& q, const Rows& k, const Rows&
   }
 }
 
-void attention_backward(const Shape& s, const Rows& q, const Rows& k, const Rows& v, const int32_t* low, const int32_t* high, const Rows& out,
-                        const float* lse, const Rows& grad, const Rows& dq, const Rows& dk, const Rows& dv) {
+void attention_backward(const Shape& s, const Rows& q, const Rows& k, const Rows& v, const int32_t* low, const int32_t* high, const int64_t* seed,
+                        const Rows& out, const float* lse, const Rows& grad, const Rows& dq, const Rows& dk, const Rows& dv) {
   const int64_t Sp = round_up(s.S, 32), Dp = round_up(s.D, 32), ld = Sp + 16, ldr = kRows + 16, ldp = ld + 16;
-  const __m512 c = _mm512_set1_ps(s.scale * kLog2E);
+  const __m512 c = _mm512_set1_ps(s.scale * kLog2E), raised = _mm512_set1_ps(1 / (1 - s.dropout));
 #pragma omp parallel num_threads(s.threads)
   {
     FlushToZero flush;
     Tiles tiles;
+    Dropout dropout[2]{{seed, s.dropout}, {seed, s.dropout}};  // of two rows
     Buffer<bf16> dense(Sp * Dp), qb(kRows * Dp), gb(kRows * Dp), ob(kRows * Dp), ds(kRows * ldp);
     Buffer<pair> kt(Dp / 2 * ld), vt(Dp / 2 * ld), kp(Sp / 2 * Dp), words(kRows / 2 * Dp);
     Buffer<pair> qt(Dp * ldr / 2), gt(Dp * ldr / 2), dsp(kRows / 2 * ld), pp(kRows / 2 * ld);
@@ -159,6 +194,7 @@ void attention_backward(const Shape& s, const Rows& q, const Rows& k, const Rows
             for (int r = 0; r < 2; ++r) {
               const int64_t t = begin + i + r;
               const bool real = t < end;
+              dropout[r].begin((b * s.H + h) * s.T + t);
               l[r] = real ? lo[t] - keys.start : 0, u[r] = real ? hi[t] - keys.start : 0;
               top[r] = _mm512_set1_ps(real ? lse[(b * s.H + h) * s.T + t] : INFINITY);
               __m512 dot = _mm512_setzero_ps();
@@ -172,8 +208,10 @@ void attention_backward(const Shape& s, const Rows& q, const Rows& k, const Rows
                 const __mmask16 which = within(l[r] - j, u[r] - j);
                 const float* at = scores + (i + r) * ld + j;
                 const __m512 e = _mm512_maskz_mov_ps(which, exp2(_mm512_fmsub_ps(_mm512_load_ps(at), c, top[r])));
-                const __m512 g = _mm512_sub_ps(_mm512_load_ps(dp + (i + r) * ld + j), delta[r]);
-                probs[r] = rounded(e);
+                const __mmask16 kept = dropout[r].kept(keys.start + j);
+                const __m512 passed = _mm512_maskz_mul_ps(kept, _mm512_load_ps(dp + (i + r) * ld + j), raised);
+                const __m512 g = _mm512_sub_ps(passed, delta[r]);
+                probs[r] = rounded(_mm512_maskz_mul_ps(kept, e, raised));
                 slopes[r] = rounded(_mm512_mul_ps(_mm512_mul_ps(e, g), _mm512_set1_ps(s.scale)));
                 _mm256_store_si256((__m256i*)(ds + (i + r) * ldp + j), slopes[r]);
               }

@@ -13,14 +13,14 @@ extern "C" {
 int cairn_request_tiles() { return request_tiles(); }
 
 void cairn_attention_forward(const Shape* shape, const Rows* q, const Rows* k, const Rows* v, const int32_t* low,
-                             const int32_t* high, const Rows* out, float* lse) {
-  attention_forward(*shape, *q, *k, *v, low, high, *out, lse);
+                             const int32_t* high, const int64_t* seed, const Rows* out, float* lse) {
+  attention_forward(*shape, *q, *k, *v, low, high, seed, *out, lse);
 }
 
 void cairn_attention_backward(const Shape* shape, const Rows* q, const Rows* k, const Rows* v, const int32_t* low,
-                              const int32_t* high, const Rows* out, const float* lse, const Rows* grad,
-                              const Rows* dq, const Rows* dk, const Rows* dv) {
-  attention_backward(*shape, *q, *k, *v, low, high, *out, lse, *grad, *dq, *dk, *dv);
+                              const int32_t* high, const int64_t* seed, const Rows* out, const float* lse,
+                              const Rows* grad, const Rows* dq, const Rows* dk, const Rows* dv) {
+  attention_backward(*shape, *q, *k, *v, low, high, seed, *out, lse, *grad, *dq, *dk, *dv);
 }
 
 // c (M, N) = x (M, K) weight (N, K)^T + bias (N), and where it is wanted its activation. Bias and `activated` may be null.
