@@ -1,6 +1,7 @@
 """Fine-tuning one BERT by us and by the Trainer of `transformers`: the same weights, data, batches, steps and seeds.
 
     python -m benchmarks.finetune RUN --train train.tsv --valid dev.tsv [--steps 300] [--seeds 1,2,3]
+                                          [--precision bf16]
 
 RUN is a BERT-like run; it is exported once and both sides begin from it. Every measurement is a process of its own, and
 all systems run once a seed, in turn. Both get the same learning rate, schedule, fused AdamW, clipping, batch size,
@@ -34,7 +35,12 @@ def run_cairn(args: argparse.Namespace, folder: Path) -> Measured:
         f"train.global_batch_size={args.batch}",
         f"train.micro_batch_size={args.batch}",
     ]
-    keys += [f"optim.lr={LR}", f"schedule.warmup_ratio={WARMUP}", "engine.precision=fp32", "track.progress=false"]
+    keys += [
+        f"optim.lr={LR}",
+        f"schedule.warmup_ratio={WARMUP}",
+        f"engine.precision={args.precision}",
+        "track.progress=false",
+    ]
     keys += ["checkpoint.every=0", "optim.grad_clip=1.0"]
     start = time.perf_counter()
     command = [sys.executable, "-m", "finetune", str(folder / "config.yaml"), *keys]
@@ -75,6 +81,7 @@ def run_transformers(args: argparse.Namespace, folder: Path) -> Measured:
         per_device_train_batch_size=args.batch,
         per_device_eval_batch_size=args.batch,
         use_cpu=True,
+        bf16=args.precision == "bf16",
         optim="adamw_torch_fused",
         learning_rate=LR,
         weight_decay=0.01,
@@ -124,6 +131,7 @@ def main() -> None:
     parser.add_argument("--valid", required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -145,7 +153,7 @@ def measure(args: argparse.Namespace, exported: Path) -> dict[str, list[Measured
     results: dict[str, list[Measured]] = {name: [] for name in systems}
     for seed in args.seeds.split(","):
         arguments = [str(exported), "--seed", seed, "--train", args.train, "--valid", args.valid]
-        arguments += ["--steps", str(args.steps), "--batch", str(args.batch)]
+        arguments += ["--steps", str(args.steps), "--batch", str(args.batch), "--precision", args.precision]
         for system, (row,) in run_rounds("benchmarks.finetune", systems, 1, arguments).items():
             results[system].append(row)
             print(f"seed {seed} {system}: {row}", file=sys.stderr, flush=True)
@@ -157,7 +165,7 @@ def _print(results: dict[str, list[Measured]], args: argparse.Namespace) -> None
         return median_range([row[key] for row in rows], ".1f")
 
     base = statistics.median(row["training"] for row in next(iter(results.values())))
-    print(f"\n{args.steps} steps of {args.batch} texts, seeds {args.seeds}\n")
+    print(f"\n{args.steps} steps of {args.batch} texts, {args.precision}, seeds {args.seeds}\n")
     print(
         "| system | training, s | time against the first | whole process, s | accuracy, mean (range) | held-out loss |"
     )
