@@ -1,8 +1,9 @@
 """What one GPU does, in a call of under ten minutes: `python -m benchmarks.gpu [--minutes 9.5] [--only 1.3b,profile]`.
 
-Parts, in order, each a process of its own that is stopped when the time is over: tokens/s of gpt-1.3b and of a GPT of
-124 M beside the compiled loops of others; a profile of gpt-1.3b's step: kernels by time, waits for the device within
-it, and peak memory beside what `cairn plan` says; BERT-base on rows of 128 and 512 tokens, packed.
+Parts, in order, each a process of its own that is stopped when the time is over: tokens/s of gpt-1.3b, in 8 bits too,
+and of a GPT of 124 M, each beside the compiled loops of others; between them a profile of gpt-1.3b's step: kernels by
+time, waits for the device within it, and peak memory beside what `cairn plan` says; BERT-base on rows of 128 and 512
+tokens, packed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from launch.job import ALLOCATOR
 SPEED = ["benchmarks.train_speed", "--rounds", "1", "--steps", "6", "--shape"]
 MASKED = ["benchmarks.masked_speed", "--rounds", "1", "--steps", "20", "--shape", "base", "--systems"]
 PARTS = {
-    "1.3b": [*SPEED, "1.3b", "--systems", "cairn,plain-compiled,transformers-compiled"],
+    "1.3b": [*SPEED, "1.3b", "--systems", "cairn,cairn-fp8,plain-compiled,transformers-compiled"],
     "profile": ["benchmarks.gpu", "--profile"],
     "124m": [*SPEED, "124m-gpu", "--systems", "cairn,plain-compiled,transformers-compiled"],
     "bert-128": [*MASKED, "cairn,transformers-compiled", "--rows", "256", "--seq-len", "128"],

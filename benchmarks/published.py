@@ -1,7 +1,8 @@
 """Training speeds that others published, and the runs behind them: what `python -m benchmarks.scale` is held against.
 
-All are bf16 and data-parallel alone: weights, gradients and moments split over all GPUs, gathered block by block.
-Of llm-foundry every such row with sequences of 2,048 is here; other tables are taken where they split nothing else.
+All are in bf16, or 8 bits, and data-parallel alone: weights, gradients and moments split over all GPUs, gathered block
+by block. Of llm-foundry every such row with sequences of 2,048 is here; other tables are taken where they split nothing
+else.
 """
 
 from dataclasses import dataclass, replace
@@ -75,6 +76,8 @@ class Source:
     """Bytes of a gradient on the network."""
     fused_loss: bool = True
     """Or fp32 copies of all logits."""
+    fp8: bool = False
+    """Products of the blocks in 8 bits."""
 
 
 FOUNDRY = "github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md, sequences of 2,048"
@@ -84,6 +87,7 @@ A100S_40 = Source("llm-foundry, A100-40", FOUNDRY, 2048, gradients=2.0)
 TITAN_AT = "github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3"
 TITAN = Source("torchtitan", TITAN_AT, 8192, fused_loss=False)
 TITAN_COMPILED = Source("torchtitan, compiled", TITAN_AT, 8192, compiled=True)
+TITAN_FP8 = Source("torchtitan, compiled, 8 bits", TITAN_AT, 8192, compiled=True, fp8=True)
 FMS = Source("fms-fsdp, compiled", "github.com/foundation-model-stack/fms-fsdp, README.md", 4096, True, 2.0, False)
 MEGATRON = Source(
     "Megatron-LM", "github.com/NVIDIA/Megatron-LM, README.md, images/model_table.png", 4096, True, fused_loss=False
@@ -131,7 +135,8 @@ class Row:
         flops = 6 * (model.matrices + model.vocab * model.width) + attention
         compiled = source.compiled
         loss = model.vocab * LOGITS[source.fused_loss]
-        work = Work(tokens, model.layers, model.width, flops, attention, loss, compiled, self.recompute)
+        eight = 6 * model.matrices if source.fp8 else 0.0
+        work = Work(tokens, model.layers, model.width, flops, attention, loss, compiled, eight, self.recompute)
         passes, n = work.seconds(self.gpu), model.parameters
         lost = sharded(self.network, 2 * n, source.gradients * n, model.layers, passes, self.regather)
         update = 46.0 * n / self.gpus / (TRAFFIC * self.gpu.bandwidth)
@@ -215,6 +220,8 @@ ROWS = [
             (TITAN, 128, 5605),
             (TITAN_COMPILED, 8, 6667),
             (TITAN_COMPILED, 128, 6514),
+            (TITAN_FP8, 8, 8532),
+            (TITAN_FP8, 128, 8380),
         )
     ),
     *(

@@ -188,6 +188,7 @@ def run_plain(shape: Shape, steps: int) -> Measured:
 SYSTEMS = {
     "cairn": run_cairn,
     "cairn-pytorch": lambda shape, steps: run_cairn(shape, steps, "engine.kernels=pytorch"),
+    "cairn-fp8": lambda shape, steps: run_cairn(shape, steps, "engine.fp8=true"),
     "bare": run_bare,
     "plain-compiled": run_plain,
     "transformers": run_transformers,

@@ -84,6 +84,9 @@ class EngineSection(Section):
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    fp8: bool = False
+    """Train linear layers, the head over the vocabulary left out, with products of 8-bit floats; for GPUs that have
+    them, with `compile`."""
     kernels: Literal["auto", "pytorch"] = "auto"
     """auto: our own in bf16 on a CPU with AMX, compiled by g++ where they are first used; pytorch: none of ours."""
     deterministic: bool = False

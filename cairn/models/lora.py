@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cairn.config.finetune import LoRASection
 from cairn.config.model import Activation
 from cairn.ops.activations import activate
-from cairn.ops.linear import Linear, linear
+from cairn.ops.linear import Linear
 
 
 class LoRALinear(Linear):
@@ -28,7 +28,7 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """(..., in) -> (..., out)."""
         update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_a), self.lora_b)
-        y = linear(x, self.weight, self.bias) + self.scale * update
+        y = super().forward(x) + self.scale * update
         return y if activation is None else activate(y, activation)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cairn.config.model import Activation
-from cairn.ops import native
+from cairn.ops import fp8, native
 from cairn.ops.activations import activate
 
 SHORT_SUM = 768
@@ -26,8 +26,14 @@ FUSED = ("none", "gelu", "gelu_tanh", "relu", "relu2")
 class Linear(nn.Linear):
     """nn.Linear, with an activation if one is asked for."""
 
+    fp8 = False
+    """Whether it is trained in 8-bit floats: `engine.fp8`. It is evaluated and used in the compute precision."""
+
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """(..., K) -> (..., N)."""
+        if self.fp8 and self.training:
+            y = fp8.linear(x, self.weight, self.bias)
+            return y if activation is None else activate(y, activation)
         return linear(x, self.weight, self.bias, activation)
 
 

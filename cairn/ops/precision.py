@@ -3,17 +3,20 @@
 import torch
 
 from cairn.config.train import EngineSection
+from cairn.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def settled(engine: EngineSection, device_type: str) -> EngineSection:
     """The section with what `precision: auto` stands for here: bf16 where it is fast, else fp16 on a GPU and fp32 on a
-    CPU."""
-    if engine.precision != "auto":
-        return engine
-    otherwise = "fp16" if device_type == "cuda" else "fp32"
-    return engine.model_copy(update={"precision": "bf16" if fast_bf16(device_type) else otherwise})
+    CPU. Raises UserError where 8-bit floats are asked for beside another than bf16."""
+    if engine.precision == "auto":
+        otherwise = "fp16" if device_type == "cuda" else "fp32"
+        engine = engine.model_copy(update={"precision": "bf16" if fast_bf16(device_type) else otherwise})
+    if engine.fp8 and engine.precision != "bf16":
+        raise UserError(f"engine.fp8 needs engine.precision=bf16, and here it is {engine.precision}")
+    return engine
 
 
 def fast_bf16(device_type: str) -> bool:

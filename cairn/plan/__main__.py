@@ -38,7 +38,7 @@ def plan(argv: Sequence[str]) -> int:
 
     name = args.gpu or hardware.here()
     config = hardware.settled_for(name, config)
-    gpu = hardware.hardware(name, config.engine.precision)
+    gpu = hardware.hardware(name, config.engine.precision, config.engine.fp8)
     per_node = (1 if gpu.device == "cpu" else 8) if args.gpus_per_node is None else args.gpus_per_node
     for option, value in (("--gpus-per-node", per_node), ("--nodes", args.nodes)):
         if value < 1:

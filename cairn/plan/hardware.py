@@ -64,6 +64,9 @@ FP32 = {"b200": 75e12, "h200": 67e12, "h100": 67e12, "a100-80": 19.5e12, "a100-4
 FP32 |= {"l40s": 91.6e12, "rtx4090": 82.6e12, "v100": 15.7e12}
 """FLOP/s of engine.precision=fp32 (TF32 is not used), from the same data sheets."""
 
+FP8 = ("b200", "h200", "h100", "l40s", "rtx4090")
+"""Those with 8-bit floats."""
+
 
 def settled_for(name: str, config: PretrainConfig) -> PretrainConfig:
     """The config with what `engine.precision: auto` stands for on that GPU, or on this machine's CPU."""
@@ -75,7 +78,7 @@ def settled_for(name: str, config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"engine": settled(engine, "cpu")})
 
 
-def hardware(name: str, precision: str) -> Hardware:
+def hardware(name: str, precision: str, fp8: bool = False) -> Hardware:
     """The GPU of that name, or "cpu": this machine, measured for a third of a second by a process that has it alone.
 
     Raises UserError for a name that is not in the table, or a precision that the GPU lacks.
@@ -87,6 +90,8 @@ def hardware(name: str, precision: str) -> Hardware:
     gpu = GPUS[name]
     if name == "v100" and precision == "bf16":
         raise UserError("engine.precision=bf16 is not supported on v100: set engine.precision=fp16")
+    if fp8 and name not in FP8:
+        raise UserError(f"engine.fp8: {name} has no 8-bit floats; leave it out, or choose from {', '.join(FP8)}")
     if precision == "fp32":
         return replace(gpu, peak=FP32[name])
     return gpu

@@ -20,9 +20,14 @@ TOKENS = 1150.0
 ATTENTION = 0.5
 """Rate of attention's products beside that of others. Assumed: a fused causal kernel reaches 300 to 400 TFLOP/s on an
 H100 where a plain product reaches 700."""
+EIGHT = 2.0
+"""Rate of products in 8 bits beside those in bf16: data sheets."""
 PASSES = {False: 240.0, True: 100.0}
 """How often a block moves an element of each token's width, forward and backward, in all that is no product, without
 and with torch.compile. Fitted; gaps between kernels are in it."""
+ROUNDING = {False: 220.0, True: 44.0}
+"""Passes more, of the same kind, that scaling and rounding to 8 bits take, without and with torch.compile: counted in
+cairn/ops/fp8.py, and fitted."""
 LOGITS = {False: 46.0, True: 12.0}
 """Bytes that a score over the vocabulary moves, without and with torch.compile: counted in cairn/ops/losses.py."""
 LAUNCH = {False: 6e-4, True: 2e-4}
@@ -84,6 +89,8 @@ class Work:
     loss: float
     """Bytes that a token's loss moves."""
     compiled: bool
+    eight: float = 0.0
+    """Of the FLOPs, those that are done in 8 bits."""
     recompute: float = 0.0
     """Share of the forward pass that is done again in the backward pass."""
     element: float = 2.0
@@ -96,8 +103,10 @@ class Work:
             whole = self.tokens * self.flops / rate
         else:
             rate *= self.tokens / (self.tokens + TOKENS)
-            products = (self.flops - self.attention + self.attention / ATTENTION) / rate
-            moved = self.layers * self.width * self.element * PASSES[self.compiled]
+            plain = self.flops - self.attention - self.eight
+            products = (plain + self.eight / EIGHT + self.attention / ATTENTION) / rate
+            passes = PASSES[self.compiled] + (ROUNDING[self.compiled] if self.eight else 0.0)
+            moved = self.layers * self.width * self.element * passes
             whole = self.tokens * (products + (moved + self.loss) / (TRAFFIC * gpu.bandwidth))
             whole = max(whole, self.layers * LAUNCH[self.compiled])
         return whole / 3, whole * (2 + self.recompute) / 3
@@ -157,6 +166,7 @@ def work(config: PretrainConfig, facts: Facts, setting: Setting) -> Work:
         facts.attention,
         facts.logits * LOGITS[config.engine.compile],
         config.engine.compile,
+        facts.flops - facts.attention - 6 * facts.logits * model.d_model if config.engine.fp8 else 0.0,
         float(setting.recompute),
         _element(config),
     )

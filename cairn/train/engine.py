@@ -29,6 +29,7 @@ from cairn.optim.build import build_optimizer
 from cairn.train.engine_alone import Alone
 from cairn.train.engine_config import deepspeed_config, effective_stage
 from cairn.train.engine_layout import flat_slots, replicated_slots, sharded_slots
+from cairn.train.engine_model import prepare_model
 from cairn.train.engine_state import NamedState
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -77,8 +78,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         if engine.precision not in ("fp32", *_precisions(deepspeed)):
             raise UserError(f"engine.precision={engine.precision} is not supported on this machine's {cluster.device}")
-        if engine.activation_checkpointing:
-            _recompute_blocks(model)
+        prepare_model(model, engine, cluster.device)
         for p in model.parameters():
             p.data = p.data.contiguous()
         # Kept alive by name: DeepSpeed gives the parameters new storage. At stage 0 it does not, hence the copy.
@@ -310,11 +310,3 @@ def _precisions(deepspeed: Any) -> list[str]:
     accelerator = deepspeed.accelerator.get_accelerator()
     supported = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     return [name for name, yes in supported.items() if yes]
-
-
-def _recompute_blocks(model: nn.Module) -> None:
-    stacks = [module for module in model.modules() if hasattr(module, "activation_checkpointing")]
-    if not stacks:
-        raise UserError(f"engine.activation_checkpointing: {type(model).__name__} has no blocks to recompute")
-    for module in stacks:
-        module.activation_checkpointing = True  # type: ignore[assignment]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import cairn.plan.speed as model
-from benchmarks.published import MODELS, ROWS, megatron
+from benchmarks.published import MODELS, ROWS, TITAN_COMPILED, TITAN_FP8, megatron
 from benchmarks.scale import CONFIGS, compared, predicted, read, summary
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,13 @@ def test_rows_that_were_not_fitted_are_predicted() -> None:
     foundry = [abs(row.error) for row in ROWS if row.source.name == "llm-foundry, H100" and row.gpus >= 128]
     assert max(foundry) < 0.06  # to 512 GPUs
     assert max(held) < 0.31
+
+
+def test_what_8_bits_gain_is_that_of_published_runs() -> None:
+    slow, fast = ([row for row in ROWS if row.source.name == name] for name in (TITAN_COMPILED.name, TITAN_FP8.name))
+    for plain, eight in zip(slow, fast, strict=True):
+        published = eight.tokens_per_s / plain.tokens_per_s
+        assert eight.predicted() / plain.predicted() == pytest.approx(published, abs=0.01)
 
 
 @pytest.mark.parametrize("constant", ["H100", "A100", "TOKENS", "CONTENTION", "eager", "compiled"])

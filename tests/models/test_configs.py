@@ -18,6 +18,7 @@ PARAMETERS = {
     "bert-large": 336_226_108,  # as BertForPreTraining
     "bert-tiny": 4_378_114,
     "gpt-1.3b": 1_315_819_520,
+    "gpt-1.3b-fp8": 1_315_819_520,
     "gpt-books": 16_908_288,
     "gpt-tiny": 5_242_880,
     "gpt-tiny-classic": 4_273_664,

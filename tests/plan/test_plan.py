@@ -79,6 +79,8 @@ def test_nothing_fits_names_what_would(capsys):
         (["--gpu", "h900"], "--gpu h900: not in the table; choose from b200"),
         (["--gpu", "h100", "--nodes", "3"], "train.global_batch_size 512 does not divide over 24 ranks: set 504"),
         (["--gpu", "v100", "engine.precision=bf16"], "engine.precision=bf16 is not supported on v100"),
+        (["--gpu", "v100", "engine.fp8=true"], "engine.fp8 needs engine.precision=bf16, and here it is fp16"),
+        (["--gpu", "a100-80", "engine.fp8=true"], "engine.fp8: a100-80 has no 8-bit floats; leave it out, or choose"),
         (["--gpu", "h100", "--nodes", "0"], "--nodes 0: expected at least 1"),
         (["--gpu", "h100", "--gpus-per-node", "0"], "--gpus-per-node 0: expected at least 1"),
         (["--gpu", "h100", "--price", "-2"], "--price -2: expected a positive number"),
