@@ -3,7 +3,8 @@
 For tokenizers that encode words one by one as they encode them together; a `Splitter` says where words begin. A chunk
 of text is worked on as arrays: the kind of each character, the places where words begin, words of up to 16 characters
 of Latin-1 as 128-bit keys, the entry of each key from a hash table, and the ids of the entries, end to end. Other words
-are looked up one by one, in a dictionary.
+are looked up one by one, in a dictionary. Texts whose words hardly come again, as clauses without spaces, are encoded
+whole.
 """
 
 import re
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 CHUNK = 1 << 18  # characters worked on at once
 REMEMBERED = 1 << 18  # words; when there are more all are forgotten
+NEW = 0.5  # share of a chunk's characters that lie in words met first, above which remembering costs more than it saves
+WHOLE = 15  # chunks that are encoded whole after such a one, before words are tried again
 SLOT_BITS = 19
 WIDTH = 16  # characters of a key
 MASKS = np.array([b"\xff" * n + bytes(WIDTH - n) for n in range(WIDTH + 1)], "V16").view("<u8").reshape(-1, 2)
@@ -77,11 +80,12 @@ class Words:
     """Ids of texts by their words. Memory is that of a chunk and of REMEMBERED words."""
 
     def __init__(self, splitter: Splitter, encode: Callable[[list[str]], Iterable[Sequence[int]]]) -> None:
-        """`encode` gives the ids of words, each of them taken as a text of its own."""
+        """`encode` gives the ids of texts or of words, each of them taken as a text of its own."""
         self._splitter = splitter
         self._encode = encode
         self._kinds = np.full(END_CODE + 1, UNKNOWN, np.uint8)
         self._kinds[END_CODE] = END
+        self._met = self._whole = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -105,6 +109,9 @@ class Words:
             self._forget()
         joined = "\0".join([*texts, ""])
         codes = np.frombuffer(bytearray(joined.encode("utf-32-le")), np.uint32)
+        if self._whole:
+            self._whole -= 1
+            return [np.array(ids, np.int32) for ids in self._encode(texts)]
         ends = np.cumsum([len(text) + 1 for text in texts]) - 1
         codes[ends] = END_CODE
         kinds = self._kinds_of(codes)
@@ -113,7 +120,10 @@ class Words:
         kept = kinds[starts] > BLANK
         starts, lengths = starts[kept], lengths[kept]
 
+        before = self._met
         entries = self._look_up(joined, codes, starts, lengths)
+        if len(joined) >= CHUNK and self._met - before > NEW * len(joined):
+            self._whole = WHOLE
         borders = np.frombuffer(self._borders, np.int64)
         first = borders[entries]
         done = np.concatenate([[0], np.cumsum(borders[entries + 1] - first)])
@@ -160,6 +170,7 @@ class Words:
     def _numbers_of(self, words: list[str]) -> list[int]:
         numbers = self._numbers
         new = [word for word in dict.fromkeys(words) if word not in numbers]
+        self._met += sum(map(len, new))
         for word, ids in zip(new, self._encode(new), strict=True):
             numbers[word] = len(self._borders) - 1
             self._ids.extend(ids)

@@ -16,14 +16,13 @@ LETTER = re.compile(r"[^\W\d_]")
 WORD = re.compile(r"_| *(?:[^\W\d_]+|(?:[^\w ]|\d)+)| +")
 
 
-def checksums(given: list[str]) -> Iterator[list[int]]:
-    """A tokenizer that tells every word from every other: 0 to 3 numbers that depend on all of it."""
-    for word in given:
-        yield [zlib.crc32(f"{word}{i}".encode()) >> 1 for i in range(len(word) % 4)]
-
-
 def by_regex(text: str) -> list[int]:
-    return [i for ids in checksums(WORD.findall(text)) for i in ids]
+    """A tokenizer that tells every word from every other: 0 to 3 numbers that depend on all of it."""
+    return [zlib.crc32(f"{word}{i}".encode()) >> 1 for word in WORD.findall(text) for i in range(len(word) % 4)]
+
+
+def checksums(given: list[str]) -> Iterator[list[int]]:
+    return map(by_regex, given)
 
 
 def texts(count: int, longest: int = 80) -> list[str]:
@@ -70,6 +69,24 @@ def test_words_are_encoded_once_and_forgotten_when_there_are_too_many(monkeypatc
             ]
         )
         assert len(remembering._numbers) < 2000
+
+
+def test_texts_of_new_words_are_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def encode(given: list[str]) -> Iterator[list[int]]:
+        asked.extend(given)
+        return checksums(given)
+
+    monkeypatch.setattr(words, "CHUNK", 1000)
+    monkeypatch.setattr(words, "WHOLE", 2)
+    rng = random.Random(0)
+    clauses = [" ".join("".join(rng.choices("日月山水人", k=20)) for _ in range(50)) for _ in range(4)]
+    remembering = Words(spaces_splitter(LETTER, alone="_"), encode)
+    for text, expected in zip(clauses, ([50, False], [1, True], [1, True], [50, False]), strict=True):
+        asked.clear()
+        assert remembering.encode([[text]])[0].tolist() == by_regex(text)
+        assert [len(asked), text in asked] == expected
 
 
 def test_cut_at_space() -> None:
