@@ -63,9 +63,12 @@ class _Product(torch.autograd.Function):
 
 
 def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale in 8 bits, its largest magnitude as the largest there is, and the scale, fp32; inf and NaN give NaN."""
+    """x / scale in 8 bits, by row, its largest magnitude as the largest there is, and the scale in fp32.
+
+    Infinities and NaN give NaN.
+    """
     scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
+    return (x.float() / scale).to(dtype).contiguous(), scale
 
 
 def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, exact: bool = True) -> Tensor:

@@ -47,6 +47,23 @@ def test_products_are_those_of_rounded_operands() -> None:
     assert 0.01 < error(y - bias.detach(), unrounded) < 0.05, "3 bits are kept of a number"
 
 
+def test_operands_lie_as_tensor_cores_take_them() -> None:
+    """A CPU takes any layout: the left operand by row, the right one by column is what a GPU asks for."""
+    given = []
+
+    def product(a: Tensor, b: Tensor, *args: object, **options: object) -> Tensor:
+        given.append((a.is_contiguous(), b.t().is_contiguous()))
+        return scaled_mm(a, b, *args, **options)
+
+    scaled_mm = F.scaled_mm
+    columns, weight = torch.randn(64, 48).bfloat16().requires_grad_(), operands()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_mm", product)
+        y = fp8.linear(columns.t(), weight)
+        y.t().backward(torch.randn(96, 48).bfloat16())
+    assert given == [(True, True)] * 3
+
+
 def test_magnitudes_do_not_matter() -> None:
     x, weight, _, _ = operands()
     y = fp8.linear(x, weight)
