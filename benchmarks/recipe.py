@@ -1,7 +1,8 @@
 """What each ingredient of the `modern` recipe gains: the recipe whole, without each one, and beside `classic`.
 
     python -m benchmarks.recipe RESULTS.json [--size tiny|10m|30m] [--source FILES] [--rates 0.5,1,2] [--seeds 1,2,3]
-                                             [--lines 'classic;modern'] [--plot FILE.svg] [--speed ROUNDS]
+                                             [--lines 'classic;modern'] [--plot FILE.svg]
+    python -m benchmarks.recipe --speed ROUNDS [--size tiny|10m|30m] [--source FILES]
 
 Every line sees the same samples in the same order, and has its learning rates, times each of `rates`, tried with the
 first seed; the best is used for all seeds. `modern, 0.7 of the tokens` is a whole run of its own, whose rate has
@@ -201,7 +202,7 @@ def plot(results: Results, shape: Shape, path: Path) -> None:
 def main() -> None:
     """Measure what is missing, then the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="?", metavar="RESULTS.json")
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--source", help="the corpus; by default Python's standard library")
     parser.add_argument("--rates", default="0.5,1,2")
@@ -213,6 +214,8 @@ def main() -> None:
     if args.speed:
         print(speed(args.size, args.source, args.speed))
         return
+    if args.results is None:
+        parser.error("RESULTS.json is missing: where what is measured is kept")
     results = Results(args.results, {"size": args.size, "source": args.source})
     measure(args, results)
     print(table(results))
