@@ -56,7 +56,7 @@ class HuggingFaceTokenizer:
     def _words(self) -> Words | None:
         # Only for a corpus: to read a large vocabulary's JSON takes a third of the time of loading it.
         splitter = splitter_of(self._backend, json.loads(self._backend.to_str()))
-        return None if splitter is None else Words(splitter, self._encode_whole)
+        return None if splitter is None else Words(splitter, self._encode_whole, apart=True)
 
     def _cut(self, text: str) -> list[str]:
         if len(text) <= PART:

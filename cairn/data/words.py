@@ -79,12 +79,18 @@ def _chunks(parts: Iterable[str]) -> Iterator[list[str]]:
 class Words:
     """Ids of texts by their words. Memory is that of a chunk and of REMEMBERED words."""
 
-    def __init__(self, splitter: Splitter, encode: Callable[[list[str]], Iterable[Sequence[int]]]) -> None:
-        """`encode` gives the ids of texts or of words, each of them taken as a text of its own."""
+    def __init__(
+        self, splitter: Splitter, encode: Callable[[list[str]], Iterable[Sequence[int]]], apart: bool = False
+    ) -> None:
+        """`encode` gives the ids of words, each of them taken as a text of its own.
+
+        `apart`: of whole texts it gives those of their words, always, so that texts may be given to it as well.
+        """
         self._splitter = splitter
         self._encode = encode
         self._kinds = np.full(END_CODE + 1, UNKNOWN, np.uint8)
         self._kinds[END_CODE] = END
+        self._apart = apart
         self._met = self._whole = 0
         self._forget()
 
@@ -122,7 +128,7 @@ class Words:
 
         before = self._met
         entries = self._look_up(joined, codes, starts, lengths)
-        if len(joined) >= CHUNK and self._met - before > NEW * len(joined):
+        if self._apart and len(joined) >= CHUNK and self._met - before > NEW * len(joined):
             self._whole = WHOLE
         borders = np.frombuffer(self._borders, np.int64)
         first = borders[entries]

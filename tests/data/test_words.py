@@ -40,7 +40,7 @@ def test_ids_do_not_depend_on_what_is_remembered(
     monkeypatch.setattr(words, "SLOT_BITS", slot_bits)
     monkeypatch.setattr(words, "REMEMBERED", remembered)
     monkeypatch.setattr(words, "CHUNK", chunk)
-    remembering = Words(spaces_splitter(LETTER, alone="_"), checksums)
+    remembering = Words(spaces_splitter(LETTER, alone="_"), checksums, apart=True)
     given = ["", *texts(300), "", ""]
     for _ in range(2):
         found = remembering.encode([[text] for text in given])
@@ -82,7 +82,7 @@ def test_texts_of_new_words_are_encoded_whole(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(words, "WHOLE", 2)
     rng = random.Random(0)
     clauses = [" ".join("".join(rng.choices("日月山水人", k=20)) for _ in range(50)) for _ in range(4)]
-    remembering = Words(spaces_splitter(LETTER, alone="_"), encode)
+    remembering = Words(spaces_splitter(LETTER, alone="_"), encode, apart=True)
     for text, expected in zip(clauses, ([50, False], [1, True], [1, True], [50, False]), strict=True):
         asked.clear()
         assert remembering.encode([[text]])[0].tolist() == by_regex(text)

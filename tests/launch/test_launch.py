@@ -208,7 +208,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "\n#SBATCH --nodes=2\n" in script
     assert "-m launch.cli launch --gpus 4 --restarts 2\n" in script
     assert f"\n  vision {VIT} {SMALL} run.name=x\n" in script
-    assert "\n  runs/x/checkpoints/step-00001000\n" in script
+    assert "\n  runs/x/checkpoints/step-00000400\n" in script
     assert list(tmp_path.iterdir()) == []
 
 
