@@ -115,7 +115,7 @@ class Words:
             self._forget()
         joined = "\0".join([*texts, ""])
         codes = np.frombuffer(bytearray(joined.encode("utf-32-le")), np.uint32)
-        if self._whole:
+        if self._whole:  # only now: whoever encodes them, half a surrogate pair is told above
             self._whole -= 1
             return [np.array(ids, np.int32) for ids in self._encode(texts)]
         ends = np.cumsum([len(text) + 1 for text in texts]) - 1

@@ -3,7 +3,7 @@
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,17 @@ def by_regex(text: str) -> list[int]:
 
 def checksums(given: list[str]) -> Iterator[list[int]]:
     return map(by_regex, given)
+
+
+def recording() -> tuple[list[str], Callable[[list[str]], Iterator[list[int]]]]:
+    """What the tokenizer has been asked for, and the tokenizer."""
+    asked: list[str] = []
+
+    def encode(given: list[str]) -> Iterator[list[int]]:
+        asked.extend(given)
+        return checksums(given)
+
+    return asked, encode
 
 
 def texts(count: int, longest: int = 80) -> list[str]:
@@ -50,12 +61,7 @@ def test_ids_do_not_depend_on_what_is_remembered(
 
 
 def test_words_are_encoded_once_and_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def encode(given: list[str]) -> Iterator[list[int]]:
-        asked.extend(given)
-        return checksums(given)
-
+    asked, encode = recording()
     remembering = Words(spaces_splitter(LETTER, alone="_"), encode)
     remembering.encode([["a b a b " * 50], ["a b"]])
     assert asked == ["a", " b", " a", " "]
@@ -72,12 +78,7 @@ def test_words_are_encoded_once_and_forgotten_when_there_are_too_many(monkeypatc
 
 
 def test_texts_of_new_words_are_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def encode(given: list[str]) -> Iterator[list[int]]:
-        asked.extend(given)
-        return checksums(given)
-
+    asked, encode = recording()
     monkeypatch.setattr(words, "CHUNK", 1000)
     monkeypatch.setattr(words, "WHOLE", 2)
     rng = random.Random(0)
